@@ -1,0 +1,18 @@
+"""Representation finetuning (ReFT): adapt a frozen Hugging Face model by editing a few hidden states."""
+
+from .api import get_reft_model as get_reft_model
+from .interventions import ConsreftIntervention as ConsreftIntervention
+from .interventions import DireftIntervention as DireftIntervention
+from .interventions import Intervention as Intervention
+from .interventions import LobireftIntervention as LobireftIntervention
+from .interventions import LoreftIntervention as LoreftIntervention
+from .interventions import NodireftIntervention as NodireftIntervention
+from .interventions import NoreftIntervention as NoreftIntervention
+from .interventions import PostBlockIntervention as PostBlockIntervention
+from .interventions import RedIntervention as RedIntervention
+from .interventions import ReftR1Intervention as ReftR1Intervention
+from .interventions import register_intervention as register_intervention
+from .tuner import ReftConfig as ReftConfig
+from .tuner import ReftModel as ReftModel
+
+__version__ = "0.1.0"

@@ -1,0 +1,68 @@
+"""`PeftModel.save_pretrained` for ReFT adapters: atomic, with a model card of our own.
+
+PEFT builds the PeftModel itself, so its method is the only place where a save can be made whole; models with adapters
+of other kinds go straight through.
+"""
+
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+from ..tuner import ReftConfig, ReftLayer
+from ..tuner.atomic import save_atomically
+from .card import model_card
+
+_MARK = "<!-- reftune -->"
+
+
+def install() -> None:
+    """Wrap PeftModel.save_pretrained, once."""
+    original = PeftModel.save_pretrained
+    if getattr(original, "_reftune", False):
+        return
+
+    @functools.wraps(original)
+    def save_pretrained(self: PeftModel, save_directory: str, *args: Any, **kwargs: Any) -> None:
+        adapters = kwargs.get("selected_adapters") or list(self.peft_config)
+        main = kwargs.get("is_main_process", True)
+        if not main or not all(isinstance(self.peft_config.get(name), ReftConfig) for name in adapters):
+            return original(self, save_directory, *args, **kwargs)
+        if os.path.isfile(save_directory):
+            raise ValueError(f"Provided path ({save_directory}) should be a directory, not a file")
+
+        def write(directory: str) -> None:
+            original(self, directory, *args, **kwargs)
+            (Path(directory) / "README.md").unlink(missing_ok=True)
+            for name in adapters:
+                _write_card(self, name, Path(directory), Path(save_directory))
+
+        save_atomically(save_directory, write)
+        return None
+
+    save_pretrained._reftune = True  # type: ignore[attr-defined]
+    PeftModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
+
+
+def _write_card(model: PeftModel, adapter_name: str, directory: Path, target: Path) -> None:
+    """The card of one adapter; one that a person has rewritten (no mark) stays theirs."""
+    place = Path() if adapter_name == "default" else Path(adapter_name)
+    old = target / place / "README.md"
+    if old.exists() and _MARK not in old.read_text(encoding="utf-8"):
+        return
+    base = model.get_base_model()
+    sites, parameters = [], 0
+    for path, layer in base.named_modules():
+        if isinstance(layer, ReftLayer) and adapter_name in layer.groups:
+            sites.append(path.replace(".edit_", "."))
+            parameters += sum(t.numel() for i in layer.interventions(adapter_name) for t in i.state_dict().values())
+    weights = directory / place / "adapter_model.safetensors"
+    card = model_card(
+        config=model.peft_config[adapter_name],
+        sites=sites,
+        parameters=parameters,
+        nbytes=weights.stat().st_size if weights.exists() else parameters * 4,
+    )
+    (directory / place / "README.md").write_text(f"{card.rstrip()}\n\n{_MARK}\n", encoding="utf-8")

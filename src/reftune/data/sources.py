@@ -1,0 +1,69 @@
+"""Read a data set: a JSONL, CSV or Parquet file, or a hub id. The reading itself is the library `datasets`.
+
+rows = read_examples("train.jsonl")                       # one file, also .json, .csv, .parquet, .jsonl.gz
+rows = read_examples("tatsu-lab/alpaca", split="train")   # the hub
+rows = read_examples("reftune:emoji")                     # the demo's examples, which come with the package
+"""
+
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+_PACKED = (".gz", ".xz", ".bz2", ".zst")
+_OURS = "reftune:"
+
+
+def read_examples(source: str, *, split: str = "train", limit: int | None = None) -> Any:
+    """A `datasets.Dataset`, the first `limit` rows of it if given.
+
+    Raises:
+        FileNotFoundError: `source` looks like a file and is not there.
+        ValueError: a file of another kind, a file that cannot be parsed, or no rows at all.
+        ImportError: the package `datasets` is not installed.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError("Reading data needs the package datasets: pip install 'reftune[cli]'.") from error
+
+    path = _bundled(source) if source.startswith(_OURS) else Path(source)
+    builder = _builder(path)
+    if builder is not None or path.is_file() or path.is_absolute():
+        rows = _read_file(datasets, path, builder)
+    else:
+        rows = datasets.load_dataset(source, split=split)
+    if len(rows) == 0:
+        raise ValueError(f"{source} has no rows. Give a data set with at least one example.")
+    return rows.select(range(min(limit, len(rows)))) if limit is not None else rows
+
+
+def _read_file(datasets: Any, path: Path, builder: str | None) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}. Check the path of the data.")
+    if builder is None:
+        raise ValueError(f"{path} is of no kind that reftune reads. Known: {', '.join(_BUILDERS)} (also packed, .gz).")
+    options = {"sep": "\t"} if ".tsv" in path.suffixes else {}
+    try:
+        # A file is one split, "train", whatever it holds; `split` of a recipe is for the hub.
+        return datasets.load_dataset(builder, data_files=str(path), split="train", **options)
+    except datasets.exceptions.DatasetGenerationError as error:
+        cause = error.__cause__ or error
+        raise ValueError(f"{path} could not be read as {builder}: {cause}") from error
+
+
+def _builder(path: Path) -> str | None:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in _PACKED:
+        suffixes.pop()
+    return _BUILDERS.get(suffixes[-1]) if suffixes else None
+
+
+def _bundled(source: str) -> Path:
+    name = source.removeprefix(_OURS)
+    folder = resources.files("reftune.data")
+    path = Path(str(folder / f"{name}.jsonl"))
+    if not path.is_file():
+        known = sorted(_OURS + Path(str(item)).stem for item in folder.iterdir() if item.name.endswith(".jsonl"))
+        raise FileNotFoundError(f"There is no data set {source} in the package. Known: {', '.join(known)}.")
+    return path

@@ -1,0 +1,19 @@
+"""The maths: modules h ↦ h + Δ(h), one idea a file. Knows torch alone."""
+
+from .base import INTERVENTIONS as INTERVENTIONS
+from .base import Intervention as Intervention
+from .base import intervention_class as intervention_class
+from .base import register_intervention as register_intervention
+from .lowrank import ConsreftIntervention as ConsreftIntervention
+from .lowrank import DireftIntervention as DireftIntervention
+from .lowrank import LobireftIntervention as LobireftIntervention
+from .lowrank import LoreftIntervention as LoreftIntervention
+from .lowrank import LowRankIntervention as LowRankIntervention
+from .lowrank import NodireftIntervention as NodireftIntervention
+from .lowrank import NoreftIntervention as NoreftIntervention
+from .orthogonal import orthonormal_rows as orthonormal_rows
+from .orthogonal import orthonormality_error as orthonormality_error
+from .orthogonal import retract_ as retract_
+from .other import PostBlockIntervention as PostBlockIntervention
+from .other import RedIntervention as RedIntervention
+from .other import ReftR1Intervention as ReftR1Intervention

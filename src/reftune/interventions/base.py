@@ -1,0 +1,166 @@
+"""An intervention: a small module h ↦ h + Δ(h), and the registry by which configs name its kinds.
+
+One of your own is a subclass with a formula and a decorator:
+
+    @register_intervention("shift")
+    class ShiftIntervention(Intervention):
+        def reset_parameters(self) -> None:
+            self.b = torch.nn.Parameter(torch.zeros(self.embed_dim))
+        def delta(self, h, segments=None):
+            return self.b.expand_as(h)
+
+    ReftConfig(intervention="shift", layers="all", positions="all")
+"""
+
+import difflib
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+Bias = Literal["learned", "frozen", "none"]
+
+INTERVENTIONS: dict[str, type["Intervention"]] = {}
+
+
+class Intervention(nn.Module):
+    """h + dropout(Δ(h)), the frame that every kind shares.
+
+    Args:
+        embed_dim: d, the width of the hidden states.
+        low_rank_dimension: r, at most d; kinds without a rank ignore it.
+        act_fn: name of a function in `torch.nn.functional` put on the learned source Wh + b, or None.
+        dropout: probability, on the edit Δ alone, never on h (pyreft's is on the whole residual).
+        bias: b is "learned", "frozen" (kept at its initial value, saved) or "none".
+        init_weights: True starts at Δ = 0 where the formula allows it; False starts as pyreft does.
+    """
+
+    kind: ClassVar[str]
+    has_rank: ClassVar[bool] = True
+    orthonormal: ClassVar[bool] = False  # R has orthonormal rows
+    couples_positions: ClassVar[bool] = False  # Δ of one token depends on other tokens of its prompt
+
+    def __init__(
+        self,
+        embed_dim: int,
+        low_rank_dimension: int | None = 4,
+        *,
+        act_fn: str | None = None,
+        dropout: float = 0.0,
+        bias: Bias = "learned",
+        init_weights: bool = True,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        rank = low_rank_dimension if self.has_rank else None
+        if rank is not None and not 1 <= rank <= embed_dim:
+            raise ValueError(
+                f"The rank must lie between 1 and the width of the hidden states ({embed_dim}), but is {rank}. "
+                "Choose a smaller r."
+            )
+        if bias not in ("learned", "frozen", "none"):
+            raise ValueError(f'bias must be "learned", "frozen" or "none", but is {bias!r}.')
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout is a probability in [0, 1), but is {dropout}.")
+        self.embed_dim = embed_dim
+        self.low_rank_dimension = rank
+        self.act_fn = None if act_fn in (None, "linear") else act_fn
+        self._activation = activation(self.act_fn)
+        self.dropout = dropout
+        self.bias_mode = bias
+        self.init_weights = init_weights
+        self.settings = settings
+        with torch.device(device) if device is not None else _nowhere():
+            self.reset_parameters()
+        if dtype is not None:
+            self.to(dtype)
+
+    def reset_parameters(self) -> None:
+        """Create the parameters."""
+        raise NotImplementedError
+
+    def delta(self, h: Tensor, segments: Tensor | None = None) -> Tensor:
+        """Δ(h), (..., d) → (..., d). `segments` (N,) numbers the prompt of each row when h is a list of rows."""
+        raise NotImplementedError
+
+    def forward(self, h: Tensor, segments: Tensor | None = None) -> Tensor:
+        """The edited h, (..., d) → (..., d), computed in fp32 or wider and returned in the dtype of h."""
+        if h.shape[-1] != self.embed_dim:
+            raise ValueError(
+                f"This {type(self).__name__} edits hidden states of width {self.embed_dim}, "
+                f"but the last dimension of {tuple(h.shape)} is {h.shape[-1]}."
+            )
+        wide = h.to(torch.promote_types(h.dtype, torch.float32))
+        with torch.autocast(device_type=h.device.type, enabled=False):
+            edit = self.delta(wide, segments) if self.couples_positions else self.delta(wide)
+            edit = nn.functional.dropout(edit, self.dropout, self.training)
+        return (wide + edit).to(h.dtype)
+
+    def config(self) -> dict[str, Any]:
+        """What a config must say to build this module again (its weights aside)."""
+        return {
+            "intervention": self.kind,
+            "r": self.low_rank_dimension,
+            "act_fn": self.act_fn,
+            "dropout": self.dropout,
+            "bias": self.bias_mode,
+            "init_weights": self.init_weights,
+            "intervention_kwargs": dict(self.settings),
+        }
+
+    def extra_repr(self) -> str:
+        rank = f", r={self.low_rank_dimension}" if self.has_rank else ""
+        return f"d={self.embed_dim}{rank}"
+
+    def _register_bias(self, value: Tensor) -> None:
+        if self.bias_mode == "learned":
+            self.b = nn.Parameter(value)
+        elif self.bias_mode == "frozen":
+            self.register_buffer("b", value)
+        else:
+            self.b = None
+
+
+def register_intervention(kind: str) -> Callable[[type[Intervention]], type[Intervention]]:
+    """Class decorator: make the kind known to `ReftConfig(intervention=kind)` and to saved adapters."""
+
+    def add(cls: type[Intervention]) -> type[Intervention]:
+        known = INTERVENTIONS.get(kind)
+        if known is not None and known.__qualname__ != cls.__qualname__:
+            raise ValueError(f"The intervention kind {kind!r} is {known.__name__} already; choose another name.")
+        cls.kind = kind
+        INTERVENTIONS[kind] = cls
+        return cls
+
+    return add
+
+
+def intervention_class(kind: str) -> type[Intervention]:
+    """The class of a kind; an unknown one is a ValueError with the nearest known name."""
+    if kind in INTERVENTIONS:
+        return INTERVENTIONS[kind]
+    near = difflib.get_close_matches(kind.lower(), INTERVENTIONS, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(
+        f"Unknown intervention {kind!r}.{hint} Known: {', '.join(sorted(INTERVENTIONS))}. One of your own must be "
+        "imported (its @register_intervention run) before a config names it."
+    )
+
+
+def activation(name: str | None) -> Callable[[Tensor], Tensor] | None:
+    """The function of this name in torch.nn.functional, or None; an unknown one is a ValueError."""
+    if name is None:
+        return None
+    allowed = ("relu", "gelu", "silu", "tanh", "sigmoid", "softplus", "leaky_relu", "elu", "selu", "mish")
+    if name not in allowed:
+        raise ValueError(f"Unknown act_fn {name!r}. Known: linear, {', '.join(allowed)}.")
+    return getattr(nn.functional, name)  # type: ignore[no-any-return]
+
+
+class _nowhere:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...

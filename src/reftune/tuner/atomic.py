@@ -1,0 +1,56 @@
+"""Saving that a kill cannot tear: the weights file is the commit, and it carries the config it belongs to.
+
+Everything is written into a temporary directory beside the target and moved file by file, the weights last. A save cut
+off before that leaves the old weights, whose metadata hold the old config, which `ReftConfig.from_pretrained` then
+takes; one cut off after it is complete.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+_KEY = "reftune_config"
+
+
+def save_atomically(directory: str | os.PathLike[str], write: Callable[[str], None]) -> None:
+    """Let `write(temporary)` write an adapter and move it to `directory`; adapters in subdirectories too."""
+    target = Path(directory)
+    target.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
+    try:
+        write(str(temporary))
+        for config in temporary.rglob(CONFIG):
+            commit_config(config.parent)
+        files = [path for path in temporary.rglob("*") if path.is_file()]
+        for path in sorted(files, key=lambda p: (p.name == WEIGHTS, str(p))):
+            destination = target / path.relative_to(temporary)
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(path, destination)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def commit_config(directory: Path) -> None:
+    """Write the config into the metadata of the weights beside it."""
+    weights = directory / WEIGHTS
+    if weights.exists():
+        tensors = load_file(weights)
+        save_file(tensors, weights, metadata={"format": "pt", _KEY: (directory / CONFIG).read_text()})
+
+
+def config_beside_weights(directory: str | os.PathLike[str]) -> str | None:
+    """The config (JSON) that local weights were saved with, or None."""
+    weights = Path(directory) / WEIGHTS
+    if not weights.is_file():
+        return None
+    with safe_open(weights, framework="pt") as file:
+        return (file.metadata() or {}).get(_KEY)

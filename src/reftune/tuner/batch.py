@@ -1,0 +1,164 @@
+"""What one forward pass edits: its inputs → the layout of its tokens → row indices, found once and kept for the layers.
+
+The prompt of a row is, in this order: what `prompt_mask` marks, what precedes the first label ≠ −100, the columns that
+`generate` was given, the columns that a known cache was filled with at first, or else everything.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..positions import Layout, NoPromptError, check_prompts, layout, packed_starts, parse, select_group
+
+
+@dataclass
+class Prompt:
+    """A prompt being generated from: its number of columns, and its mask (B, columns) if there is one."""
+
+    columns: int
+    mask: Tensor | None = None
+    read: bool = False  # a forward pass has gone past its last column
+    seen: int = 0  # columns computed so far; recurrent caches do not say
+    cache: Any = None  # the cache it was read into
+
+
+@dataclass
+class Inputs:
+    """The arguments of a forward pass that say where its tokens stand."""
+
+    shape: tuple[int, int] | None  # (rows, columns) of this pass; None if the inputs have no token axis
+    mask: Tensor | None = None  # (B, past + columns)
+    labels: Tensor | None = None  # (B, columns), of a causal language model
+    prompt_mask: Tensor | None = None  # (B, columns)
+    position_ids: Tensor | None = None  # (B, columns)
+    past: int = 0
+    device: torch.device | None = None
+
+    def layout(self, prompt: Prompt | None) -> Layout:
+        """The layout of this pass's columns; `prompt` is given when it continues or makes up a generation."""
+        assert self.shape is not None
+        rows, columns = self.shape
+        total = self.past + columns
+        width = max(total, prompt.columns) if prompt else total
+        real = _widen(self.mask, rows, total, self.device)
+        if width > total:  # a prompt read in pieces: what follows is known from generate's own mask
+            rest = torch.ones(rows, width - total, dtype=torch.bool, device=real.device)
+            if prompt and prompt.mask is not None and prompt.mask.shape == (rows, width):
+                rest = prompt.mask[:, total:].to(real.device) != 0
+            real = torch.cat([real, rest], dim=1)
+
+        response = starts = None
+        if prompt is not None:
+            response = (torch.arange(width, device=real.device) >= prompt.columns).expand(rows, width)
+        elif self.prompt_mask is not None or self.labels is not None:
+            answers = self.prompt_mask == 0 if self.prompt_mask is not None else self.labels != -100
+            answers = answers.to(real.device)  # type: ignore[union-attr]
+            response = torch.cat([answers.new_zeros(rows, self.past), answers], dim=1)
+        if self.position_ids is not None and self.past == 0 and width == columns:
+            ids = self.position_ids.to(real.device).expand(rows, columns)
+            starts = packed_starts(ids, real)
+        places = layout(real, response, starts)
+        if width > total:
+            places = Layout(*(t[:, :total] for t in (places.index, places.length, places.generated, places.segment)))
+        return places.last(columns)
+
+
+def _widen(mask: Tensor | None, rows: int, total: int, device: torch.device | None) -> Tensor:
+    """A 2-D mask as bool (B, total): missing columns on the left are tokens; no usable mask means no padding."""
+    if mask is None or mask.dim() != 2 or mask.shape[0] != rows:
+        return torch.ones(rows, total, dtype=torch.bool, device=device)
+    real = mask[:, :total] != 0
+    if real.shape[1] < total:
+        real = torch.cat([real.new_ones(rows, total - real.shape[1]), real], dim=1)
+    return real
+
+
+@dataclass
+class Rows:
+    """Tokens to edit: `index` (N,) into the flattened (B·L, d) hidden states, `segments` (N,) their prompts' numbers."""
+
+    index: Tensor
+    segments: Tensor
+
+
+@dataclass
+class Batch:
+    """One forward pass: knows the rows of every (positions, group), and finds each once."""
+
+    inputs: Inputs
+    prompt: Prompt | None = None
+    adapter_names: list[str] | None = None  # PEFT's mixed batches: one name a row
+    nothing: bool = False  # known beforehand: this pass edits nothing (a decode step after the prompt)
+    places: Layout | None = None
+    _rows: dict[Any, Rows | None] = field(default_factory=dict)
+
+    def rows(self, adapter: str, positions: str, group: str, hidden: Tensor, couples: bool = False) -> Rows | None:
+        """The rows of `hidden` (B, L, d) that the group edits, on its device; None if there are none."""
+        if self.nothing:
+            return None
+        key = (adapter if self.adapter_names else None, positions, group, hidden.device)
+        if key not in self._rows:
+            self._rows[key] = self._find(adapter, positions, group, hidden, couples)
+        return self._rows[key]
+
+    def _find(self, adapter: str, positions: str, group: str, hidden: Tensor, couples: bool) -> Rows | None:
+        expression, terms = parse(positions), parse(group)
+        if self.prompt is not None and self.prompt.read and all(term.in_prompt for term in terms):
+            return None
+        places = self._layout(hidden)
+        if self.inputs.labels is not None or self.inputs.prompt_mask is not None:
+            check_prompts(places, expression)
+        tokens = select_group(terms, places, expression)
+        if self.adapter_names is not None:
+            mine = torch.tensor([name == adapter for name in self.adapter_names], device=tokens.device)
+            tokens = tokens & mine.unsqueeze(1)
+        segments = places.segment
+        if couples:
+            # a generated token stands alone, so that it is edited alike with and without a cache
+            alone = torch.arange(tokens.numel(), device=tokens.device).view(tokens.shape) + segments.max() + 1
+            segments = torch.where(places.generated >= 0, alone, segments)
+            self._whole_prompts(places)
+        index = tokens.reshape(-1).nonzero().squeeze(1)
+        if index.numel() == 0:
+            return None
+        return Rows(index.to(hidden.device), segments.reshape(-1)[index].to(hidden.device))
+
+    def _whole_prompts(self, places: Layout) -> None:
+        here = torch.zeros_like(places.length).masked_fill(places.index >= 0, 1).sum(1)
+        expected = torch.where(places.index >= 0, places.length, 0).amax(1)
+        if self.inputs.past and bool(((here > 0) & (here < expected)).any()):
+            raise NoPromptError(
+                "This intervention needs all edited tokens of a prompt in one forward pass, but the prompt arrives in "
+                "pieces (chunked prefill, or a cache that holds part of it). Read the prompt in one pass."
+            )
+
+    def _layout(self, hidden: Tensor) -> Layout:
+        if self.places is None:
+            if hidden.dim() != 3:
+                raise ValueError(
+                    f"The hidden states at this site have the shape {tuple(hidden.shape)}; reftune edits (batch, "
+                    "tokens, width). This architecture's block output is not a stream of token states: name another "
+                    "component."
+                )
+            seen = (hidden.shape[0], hidden.shape[1])
+            if self.inputs.shape is None:  # images and audio: the tokens are first counted here
+                mask = self.inputs.mask
+                usable = mask is not None and mask.dim() == 2 and tuple(mask.shape) == seen
+                self.inputs = Inputs(seen, mask if usable else None, device=hidden.device)
+            elif self.inputs.shape != seen:
+                raise ValueError(
+                    f"The model was called with {self.inputs.shape} tokens, but the hidden states at this site have "
+                    f"the shape {tuple(hidden.shape)}: their rows are not the input's tokens, so positions cannot be "
+                    "told. Name a component whose output is (batch, tokens, width)."
+                )
+            self.places = self.inputs.layout(self.prompt)
+        return self.places
+
+
+def call_arguments(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[str], Any]:
+    """Look-up of a call's arguments by parameter name, positional ones included."""
+    positional = dict(zip(names, args, strict=False))
+    return lambda name: kwargs.get(name, positional.get(name))

@@ -1,0 +1,118 @@
+"""What PEFT does not check: that an adapter fits the base it is put on, and that what is loaded is all of it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ..interventions import LowRankIntervention, orthonormal_rows
+from ..positions import parse
+from ..sites import Site
+from .layer import ReftLayer
+
+_SHAPE = ("model_type", "hidden_size", "num_hidden_layers")
+
+
+def base_shape(model: nn.Module) -> dict[str, Any]:
+    """Architecture, width and depth of a base model, as its config names them; {} for a model without a config."""
+    config = getattr(model, "config", None)
+    text = _text(config)
+    shape = {key: getattr(text, key, None) for key in _SHAPE}
+    shape["model_type"] = getattr(config, "model_type", None)
+    return {key: value for key, value in shape.items() if isinstance(value, (int, str))}
+
+
+def check_same(saved: dict[str, Any], found: dict[str, Any], adapter_name: str) -> None:
+    """Refuse a base that differs from the one the adapter was trained on, naming both values."""
+    wrong = [
+        f"{key} {saved[key]!r} (this model: {found[key]!r})"
+        for key in _SHAPE
+        if key in saved and key in found and saved[key] != found[key]
+    ]
+    if wrong:
+        raise ValueError(
+            f"Adapter {adapter_name!r} does not fit this base model: it was trained on one with {', '.join(wrong)}. "
+            "Load the base model that its adapter_config.json names in base_model_name_or_path."
+        )
+
+
+def check_decoder(model: nn.Module, site: Site, positions: str) -> None:
+    """The decoder of an encoder-decoder has no prompt: only "all" means something there."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return
+    if "decoder" in site.path.split(".") and any(term.name != "all" for term in parse(positions)):
+        raise ValueError(
+            f"'{site}' lies in the decoder of an encoder-decoder, which has no prompt for positions={positions!r} to "
+            "refer to: use positions='all' there, or edit the encoder."
+        )
+
+
+def site_width(model: nn.Module, target: nn.Module, site: Site) -> int | None:
+    """d at a site: a linear layer says it; else the config of the innermost model around the module; else None."""
+    size = getattr(target, "out_features" if site.where == "output" else "in_features", None)
+    if isinstance(size, int):
+        return size
+    if type(target).__name__ == "Conv1D":
+        return int(target.nf if site.where == "output" else target.nx)  # type: ignore[arg-type]
+    parts = site.path.split(".")
+    for end in range(len(parts), -1, -1):
+        owner = model.get_submodule(".".join(parts[:end]))
+        width = getattr(_text(getattr(owner, "config", None)), "hidden_size", None)
+        if isinstance(width, int):
+            return width
+    return None
+
+
+def _text(config: Any) -> Any:
+    get = getattr(config, "get_text_config", None)
+    return get() if callable(get) else config
+
+
+def with_orthonormal_rows(model: nn.Module, adapter_name: str, state: dict[str, Any]) -> dict[str, Any]:
+    """The state dict with every R on orthonormal rows: the optimiser touched them after the last forward."""
+    for name, layer in _layers(model):
+        for attribute, intervention in _of(layer, adapter_name):
+            key = f"{name}.{attribute}.{adapter_name}.R"
+            if isinstance(intervention, LowRankIntervention) and intervention.orthonormal and key in state:
+                rows = state[key].detach()
+                rows = rows.full_tensor() if isinstance(rows, DTensor) else rows
+                if rows.dtype in (torch.float32, torch.float64):  # a narrower one is put right when it is used
+                    state[key] = orthonormal_rows(rows)
+    return state
+
+
+def check_keys(model: nn.Module, adapter_name: str, state: dict[str, Tensor]) -> None:
+    """Refuse weights that are not exactly this adapter's; PEFT would warn and leave it the identity."""
+    expected = {
+        f"{name}.{attribute}.{adapter_name}.{key}".removeprefix("base_model.model."): value.shape
+        for name, layer in _layers(model)
+        for attribute, intervention in _of(layer, adapter_name)
+        for key, value in intervention.state_dict().items()
+    }
+    found = {k.removeprefix("base_model.model."): v.shape for k, v in state.items() if ".reft_" in k}
+    missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    shapes = [f"{k}: {tuple(found[k])} in the file, {tuple(expected[k])} here" for k in expected if k in found]
+    shapes = [
+        line for line, k in zip(shapes, [k for k in expected if k in found], strict=True) if found[k] != expected[k]
+    ]
+    if missing or extra or shapes:
+        parts = [
+            f"{len(names)} {what}, such as {names[0]}"
+            for names, what in ((missing, "missing"), (extra, "not known to its config"), (shapes, "of another shape"))
+            if names
+        ]
+        raise ValueError(
+            f"The weights of adapter {adapter_name!r} do not fit its config and this base model: tensors "
+            f"{'; '.join(parts)}. Load the directory that save_pretrained wrote, onto the base model it names."
+        )
+
+
+def _layers(model: nn.Module) -> list[tuple[str, ReftLayer]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, ReftLayer)]
+
+
+def _of(layer: ReftLayer, adapter_name: str) -> list[tuple[str, nn.Module]]:
+    return [
+        (a, getattr(layer, a)[adapter_name]) for a in layer.adapter_layer_names if adapter_name in getattr(layer, a)
+    ]

@@ -1,0 +1,162 @@
+"""How a layer is attached to the module it edits, so that the edit is right under gradient checkpointing too.
+
+transformers ≥ 5.22 checkpoints a block's `forward`: hooks on the block stay outside and run once. Before, `__call__`
+was checkpointed: hooks would run inside the recomputation, after the pass has ended, and with `use_reentrant=True`
+their gradients would go missing; there the block's class is swapped for one whose `__call__` edits around it.
+A site inside a block is recomputed in either case: the pass it belongs to is handed to the recomputation.
+
+Hooks are functions of the module alone: a copy or a replica of the model finds its own layer, never the original's.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .session import ATTRIBUTE, Session
+
+CHECKPOINTS_CALL = "__call__" in GradientCheckpointingLayer.__dict__
+CHILD = {"output": "edit_output", "input": "edit_input"}
+
+
+def attach(module: nn.Module, where: str) -> None:
+    """Edit what goes into or comes out of the module by its child `edit_input` / `edit_output`."""
+    if CHECKPOINTS_CALL and isinstance(module, GradientCheckpointingLayer):
+        _swap_class(module)
+    elif where == "output":
+        _handles(module)["output"] = module.register_forward_hook(_edit_output)
+    else:
+        _handles(module)["input"] = module.register_forward_pre_hook(_edit_input, with_kwargs=True)
+
+
+def watch_checkpointing(module: nn.Module) -> None:
+    """Let the recomputation of this block find the forward pass it belongs to; called for blocks around a site."""
+    if CHECKPOINTS_CALL:
+        _swap_class(module)
+    elif "checkpointing" not in _handles(module):
+        _handles(module)["checkpointing"] = module.register_forward_pre_hook(_before_checkpoint, with_kwargs=True)
+
+
+def watch_model(module: nn.Module, session: Session, top: bool) -> None:
+    """Open and close the session around the module's forward."""
+    module.__dict__[ATTRIBUTE] = session
+    if "open" not in _handles(module):
+        before = _open_top if top else _open_inner
+        _handles(module)["open"] = module.register_forward_pre_hook(before, with_kwargs=True)
+        _handles(module)["close"] = module.register_forward_hook(_close, with_kwargs=True, always_call=True)
+
+
+def detach(module: nn.Module) -> None:
+    """Undo all of the above on one module."""
+    for handle in module.__dict__.pop("_reft_handles", {}).values():
+        handle.remove()
+    module.__dict__.pop(ATTRIBUTE, None)
+    if getattr(type(module), "_reft_swapped", False):
+        module.__class__ = type(module).__mro__[1]
+
+
+def _handles(module: nn.Module) -> dict[str, Any]:
+    handles: dict[str, Any] = module.__dict__.setdefault("_reft_handles", {})
+    return handles
+
+
+def _edit_output(module: nn.Module, args: Any, output: Any) -> Any:
+    if isinstance(output, tuple):
+        return (module.edit_output(output[0]), *output[1:])
+    if isinstance(output, Tensor):
+        return module.edit_output(output)
+    if hasattr(output, "last_hidden_state"):
+        output.last_hidden_state = module.edit_output(output.last_hidden_state)
+        return output
+    raise ValueError(
+        f"{type(module).__name__} returns a {type(output).__name__}, in which reftune finds no hidden states; "
+        "name a module whose output is a tensor or a tuple that begins with one."
+    )
+
+
+def _edit_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if args and isinstance(args[0], Tensor):
+        return (module.edit_input(args[0]), *args[1:]), kwargs
+    for name in ("hidden_states", "x", "input", "inputs"):
+        if isinstance(kwargs.get(name), Tensor):
+            return args, {**kwargs, name: module.edit_input(kwargs[name])}
+    raise ValueError(f"{type(module).__name__} was called without hidden states that reftune could edit.")
+
+
+def _open_top(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    session: Session = module.__dict__[ATTRIBUTE]
+    if session.needs_wrapper and not session.state.wrapped and module.training and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"This {type(module).__name__} is the base model: it carries a ReFT adapter, and training it directly "
+            "would save the whole model instead of the adapter. Pass the PeftModel that get_reft_model (or "
+            "get_peft_model) returned to the trainer."
+        )
+    return args, session.open(module, args, kwargs, top=True)
+
+
+def _open_inner(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args, module.__dict__[ATTRIBUTE].open(module, args, kwargs, top=False)
+
+
+def _close(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    module.__dict__[ATTRIBUTE].close(module, kwargs, output)
+
+
+class _CarriesPass:
+    """A checkpointing function that recomputes under the forward pass it was called in."""
+
+    def __init__(self, function: Any, session: Session) -> None:
+        self.function, self.session = function, session
+
+    def __call__(self, block: Any, *args: Any, **kwargs: Any) -> Any:
+        state, batch = self.session.state, self.session.batch
+
+        def recomputable(*inputs: Any, **named: Any) -> Any:
+            state = self.session.state  # the backward may run in another thread
+            before, state.batch = state.batch, batch
+            try:
+                return block(*inputs, **named)
+            finally:
+                state.batch = before
+
+        del state
+        return self.function(recomputable, *args, **kwargs)
+
+
+def _before_checkpoint(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if not (module.training and getattr(module, "gradient_checkpointing", False)):
+        return None
+    function = module._gradient_checkpointing_func
+    if not isinstance(function, _CarriesPass):
+        module._gradient_checkpointing_func = _CarriesPass(function, module.__dict__[ATTRIBUTE])
+    else:
+        function = function.function
+    if isinstance(function, partial) and function.keywords.get("use_reentrant") is False:
+        return None
+    # A reentrant checkpoint none of whose inputs needs a gradient gives its parameters none, without a word.
+    if args and isinstance(args[0], Tensor) and torch.is_grad_enabled() and not args[0].requires_grad:
+        return (args[0].detach().requires_grad_(), *args[1:]), kwargs
+    return None
+
+
+def _swap_class(module: nn.Module) -> None:
+    cls = type(module)
+    if getattr(cls, "_reft_swapped", False):
+        return
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if ATTRIBUTE in self.__dict__:
+            args, kwargs = _before_checkpoint(self, args, kwargs) or (args, kwargs)
+        if hasattr(self, "edit_input"):
+            args, kwargs = _edit_input(self, args, kwargs)
+        output = cls.__call__(self, *args, **kwargs)
+        return _edit_output(self, args, output) if hasattr(self, "edit_output") else output
+
+    # Output recorders and FSDP go by the class's name: the swapped one keeps it.
+    module.__class__ = type(
+        cls.__name__,
+        (cls,),
+        {"__call__": call, "_reft_swapped": True, "__module__": cls.__module__, "__qualname__": cls.__qualname__},
+    )

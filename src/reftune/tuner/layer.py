@@ -1,0 +1,105 @@
+"""`ReftLayer`: the interventions of one site, a child module of the module whose hidden states it edits.
+
+    h (B, L, d) → rows of each (adapter, group) → edited rows → h
+
+The keys of a saved adapter read like `…layers.15.edit_output.reft_f2.R`.
+"""
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ..interventions import Intervention
+from .session import Session
+
+
+class ReftLayer(nn.Module, BaseTunerLayer):
+    """Edits hidden states (B, L, d) at the tokens the session's batch names; other tokens stay as they are."""
+
+    adapter_layer_names: tuple[str, ...] = ()  # grows by one ModuleDict "reft_<group>" with each new group
+    other_param_names: tuple[str, ...] = ("groups",)
+
+    def __init__(self, session: Session) -> None:
+        super().__init__()
+        self.session = session
+        self.groups: dict[str, list[tuple[str, str]]] = {}  # adapter → [(positions, group)], in order
+        self._disable_adapters = False
+        self._active_adapter: str | list[str] = []
+        self.merged_adapters: list[str] = []
+
+    def update_layer(self, adapter_name: str, positions: str, interventions: dict[str, Intervention]) -> None:
+        """Give the adapter one intervention for each group of terms of `positions`."""
+        for group, intervention in interventions.items():
+            attribute = f"reft_{group}"
+            if attribute not in self.adapter_layer_names:
+                setattr(self, attribute, nn.ModuleDict())
+                self.adapter_layer_names = (*self.adapter_layer_names, attribute)
+            if adapter_name in getattr(self, attribute):
+                raise ValueError(f"Adapter {adapter_name!r} names the same site and positions twice: {group!r}.")
+            getattr(self, attribute)[adapter_name] = intervention
+            self.groups.setdefault(adapter_name, []).append((positions, group))
+
+    def interventions(self, adapter_name: str) -> list[Intervention]:
+        """The adapter's interventions at this site."""
+        return [getattr(self, f"reft_{group}")[adapter_name] for _, group in self.groups.get(adapter_name, ())]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if self._disable_adapters or not self.session.editing:
+            return hidden
+        batch = self.session.batch
+        if batch is None:
+            raise RuntimeError(
+                "A block with a ReFT adapter ran outside a forward pass of its model, so its positions cannot be "
+                "told. Call the model, or disable the adapter around this call (model.disable_adapter())."
+            )
+        if batch.nothing:
+            return hidden
+        active = dict.fromkeys(batch.adapter_names) if batch.adapter_names else self.active_adapters
+        for adapter in active:
+            for positions, group in self.groups.get(adapter, ()):
+                intervention: Intervention = getattr(self, f"reft_{group}")[adapter]
+                rows = batch.rows(adapter, positions, group, hidden, intervention.couples_positions)
+                if rows is not None:
+                    hidden = _edit(hidden, rows.index, intervention, rows.segments)
+        return hidden
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self.session.active = self.active_adapters
+
+    def enable_adapters(self, enabled: bool) -> None:
+        super().enable_adapters(enabled)
+        self.session.enabled = enabled
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        for attribute in self.adapter_layer_names:
+            if not len(getattr(self, attribute)):
+                delattr(self, attribute)
+        self.adapter_layer_names = tuple(a for a in self.adapter_layer_names if hasattr(self, a))
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """There is no base layer: adapters are made on the device of the module they edit and stay in fp32."""
+        for intervention in self.interventions(adapter_name):
+            if device is not None and not any(p.is_meta for p in intervention.parameters()):
+                intervention.to(device)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise NotImplementedError("A ReFT adapter edits some tokens only, so it cannot be merged into weights.")
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False
+
+    def __repr__(self) -> str:
+        edits = ", ".join(f"{a}: {p}" for a, groups in self.groups.items() for p in dict.fromkeys(g[0] for g in groups))
+        return f"ReftLayer({edits})"
+
+
+def _edit(hidden: Tensor, index: Tensor, intervention: Intervention, segments: Any) -> Tensor:
+    """Rows `index` of hidden (B, L, d) replaced by their edits, in a new tensor."""
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    if index.numel() == flat.shape[0]:
+        return intervention(flat, segments).view_as(hidden)
+    return flat.index_copy(0, index, intervention(flat.index_select(0, index), segments)).view_as(hidden)

@@ -1,0 +1,51 @@
+"""Makes ReFT a PEFT method from outside PEFT: the one place that reaches into PEFT's registries.
+
+Importing this adds the member `PeftType.REFT`; `register` then hands PEFT our config and model classes. A saved
+adapter therefore loads only after `import reftune`.
+"""
+
+from peft.utils import PeftType, register_peft_method
+
+NAME = "reft"
+PREFIX = "reft_"  # transformers' delete_adapter derives it so: lower-case method name + "_"
+
+
+def _add_peft_type() -> PeftType:
+    """`PeftType.REFT`, added to the enum if PEFT has no such member."""
+    key = NAME.upper()
+    if key in PeftType.__members__:
+        return PeftType[key]
+    try:
+        member = str.__new__(PeftType, key)
+        member._name_ = key
+        member._value_ = key
+        member.__objclass__ = PeftType  # type: ignore[attr-defined]
+        member._sort_order_ = len(PeftType._member_names_)  # type: ignore[attr-defined]
+        PeftType._member_map_[key] = member
+        PeftType._value2member_map_[key] = member
+        PeftType._member_names_.append(key)
+        assert PeftType(key) is PeftType[key] is member and key in list(PeftType)
+    except Exception as error:
+        raise ImportError(
+            "reftune adds the method REFT to peft.PeftType, and this version of PEFT does not let it: "
+            f"{type(error).__name__}: {error}. reftune supports peft>=0.21,<0.22; install such a version."
+        ) from error
+    return member
+
+
+PEFT_TYPE = _add_peft_type()
+
+
+def register(config_cls: type, model_cls: type) -> None:
+    """Hand PEFT the classes of the method; calling it again does nothing."""
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+    if PEFT_TYPE_TO_TUNER_MAPPING.get(PEFT_TYPE) is model_cls:
+        return
+    if PEFT_TYPE in PEFT_TYPE_TO_TUNER_MAPPING:
+        other = PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE]
+        raise ImportError(
+            f"PEFT already has a method named '{NAME}' ({other.__module__}.{other.__qualname__}): "
+            "reftune cannot register its own beside it."
+        )
+    register_peft_method(name=NAME, config_cls=config_cls, model_cls=model_cls, prefix=PREFIX)

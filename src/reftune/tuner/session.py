@@ -1,0 +1,201 @@
+"""The session of a model with ReFT: opens a `Batch` when a forward pass begins, closes it when it ends or fails.
+
+A pre-hook on the model (and on the inner models that may be called by themselves) reads the inputs; the layers below
+ask `session.batch`. `generate` says beforehand which columns are the prompt; a prompt is remembered on the cache it
+was read into, so that decoding by hand works too.
+"""
+
+import copy
+import inspect
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ..interventions import LowRankIntervention, retract_
+from ..positions import parse
+from .batch import Batch, Inputs, Prompt, call_arguments
+
+ATTRIBUTE = "_reft_session"
+
+
+class _State(threading.local):
+    """Per thread, so that a server may generate from several threads."""
+
+    batch: Batch | None = None
+    prompt: Prompt | None = None  # of the `generate` that is running
+    wrapped: bool = False  # the pass came through the PeftModel
+    adapter_names: list[str] | None = None
+
+    def __init__(self) -> None:
+        self.open: list[int] = []
+
+
+class Session:
+    """What the ReFT layers of one base model share."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.state = _State()
+        self.positions: dict[str, set[str]] = {}  # adapter → its expressions
+        self.active: list[str] = []
+        self.enabled = True
+        self.needs_wrapper = False
+        self.interventions: dict[str, list[nn.Module]] = {}
+        config = getattr(model, "config", None)
+        generates = getattr(model, "can_generate", None)
+        # Labels mark the answer only in a causal language model: token classification labels its prompt.
+        self.reads_labels = bool(callable(generates) and generates()) and not getattr(
+            config, "is_encoder_decoder", False
+        )
+        self.signatures: dict[type, list[str]] = {}
+
+    # Copied with the model, but what is running stays with the original.
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "state"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.state = _State()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Session":
+        twin = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        twin.__setstate__({k: copy.deepcopy(v, memo) for k, v in self.__getstate__().items()})
+        return twin
+
+    @property
+    def batch(self) -> Batch | None:
+        return self.state.batch
+
+    @property
+    def editing(self) -> bool:
+        """Whether any adapter is active and enabled."""
+        return self.enabled and bool(self.active or self.state.adapter_names)
+
+    def open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], top: bool) -> dict[str, Any]:
+        """Begin a forward pass of `module`; returns its keyword arguments without ours."""
+        state = self.state
+        if top or id(module) in state.open:  # whatever a broken-off pass left behind
+            state.open.clear()
+        state.open.append(id(module))
+        prompt_mask = kwargs.get("prompt_mask")
+        if prompt_mask is not None:
+            kwargs = {k: v for k, v in kwargs.items() if k != "prompt_mask"}
+        if len(state.open) > 1:
+            return kwargs
+        state.batch = self._batch(module, args, kwargs, prompt_mask) if self.editing else None
+        if self.editing and torch.is_grad_enabled() and module.training:
+            self._retract()
+        return kwargs
+
+    def close(self, module: nn.Module, kwargs: dict[str, Any], output: Any) -> None:
+        """End it, also after an exception (output None): a window left behind would edit nothing, silently."""
+        state = self.state
+        if id(module) not in state.open:
+            return
+        del state.open[state.open.index(id(module)) :]
+        if state.open:
+            return
+        batch, state.batch = state.batch, None
+        if batch is None or output is None or batch.inputs.shape is None:
+            return
+        prompt = batch.prompt
+        cache = _cache(kwargs.get) or getattr(output, "past_key_values", None) or getattr(output, "cache_params", None)
+        if prompt is None and cache is not None and batch.inputs.labels is None and batch.inputs.prompt_mask is None:
+            prompt = Prompt(columns=batch.inputs.past + batch.inputs.shape[1])
+            _remember(cache, prompt)
+        if prompt is not None:
+            prompt.seen = batch.inputs.past + batch.inputs.shape[1]
+            if cache is not None and prompt.seen >= prompt.columns:
+                prompt.read, prompt.cache = True, cache
+
+    def _batch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], prompt_mask: Any) -> Batch:
+        get = call_arguments(self._names(module), args, kwargs)
+        state = self.state
+        ids, embeds, cache = get("input_ids"), get("inputs_embeds"), _cache(get)
+        tokens = ids if isinstance(ids, Tensor) and ids.dim() == 2 else embeds
+        shape = tuple(tokens.shape[:2]) if isinstance(tokens, Tensor) and tokens.dim() >= 2 else None
+
+        prompt = state.prompt
+        if prompt is None and cache is not None:
+            prompt = getattr(cache, "_reft_prompt", None)
+        elif prompt is not None and prompt.read and cache is not prompt.cache:
+            prompt.read = False  # without a cache every pass reads the prompt again
+        names = state.adapter_names
+        if prompt is not None and prompt.read and self._only_prompt_terms():
+            return Batch(Inputs(shape, past=prompt.columns), prompt, names, nothing=True)
+
+        past = _past(cache, prompt)
+        if past == 0 and state.prompt is None:
+            prompt = None  # an emptied cache begins a new prompt
+        labels = get("labels") if self.reads_labels else None
+        if not (isinstance(labels, Tensor) and shape is not None and tuple(labels.shape) == shape):
+            labels = None
+        mask, position_ids = get("attention_mask"), get("position_ids")
+        if isinstance(prompt_mask, Tensor) and shape is not None and tuple(prompt_mask.shape) != shape:
+            raise ValueError(
+                f"prompt_mask has the shape {tuple(prompt_mask.shape)}, but the model was called with {shape} tokens. "
+                "It must hold a 1 for every prompt token and a 0 for every other one, (batch, tokens)."
+            )
+        two_d = isinstance(position_ids, Tensor) and position_ids.dim() == 2 and shape is not None
+        inputs = Inputs(
+            shape=shape,  # type: ignore[arg-type]
+            mask=mask if isinstance(mask, Tensor) and mask.dim() == 2 else None,
+            labels=labels if state.prompt is None else None,
+            prompt_mask=prompt_mask if state.prompt is None else None,
+            position_ids=position_ids if two_d and position_ids.shape[1] == shape[1] else None,  # type: ignore[index]
+            past=past,
+            device=tokens.device if isinstance(tokens, Tensor) else None,
+        )
+        if inputs.labels is not None or inputs.prompt_mask is not None:
+            prompt = None
+        return Batch(inputs, prompt, names)
+
+    def _only_prompt_terms(self) -> bool:
+        active = self.state.adapter_names or self.active
+        return all(t.in_prompt for name in active for p in self.positions.get(name, ()) for t in parse(p))
+
+    def _names(self, module: nn.Module) -> list[str]:
+        cls = type(module)
+        if cls not in self.signatures:
+            self.signatures[cls] = list(inspect.signature(cls.forward).parameters)[1:]
+        return self.signatures[cls]
+
+    def _retract(self) -> None:
+        """All R of the active adapters, put right in one batched call."""
+        rows = []
+        for name in self.active:
+            for module in self.interventions.get(name, ()):
+                if isinstance(module, LowRankIntervention) and module.orthonormal and module.R.requires_grad:
+                    module.sharded = module.sharded or isinstance(module.R, DTensor)
+                    if not module.sharded:
+                        rows.append(module.R)
+        retract_(rows)
+
+
+def _cache(get: Any) -> Any:
+    cache = get("past_key_values")
+    return cache if cache is not None else get("cache_params")
+
+
+def _past(cache: Any, prompt: Prompt | None) -> int:
+    """Columns that the cache holds already."""
+    if cache is None:
+        return 0
+    try:
+        length = int(cache.get_seq_length())
+    except (AttributeError, TypeError, ValueError, NotImplementedError):
+        length = 0
+    if length == 0 and prompt is not None and prompt.cache is cache:
+        return prompt.seen  # a recurrent state does not count its columns
+    return length
+
+
+def _remember(cache: Any, prompt: Prompt) -> None:
+    try:
+        cache._reft_prompt = prompt
+    except AttributeError:  # a tuple, say: decoding by hand then needs prompt_mask
+        return
+    prompt.cache = cache
