@@ -1,6 +1,5 @@
 """`ReftConfig`: what to edit (layers, component, positions) and with which intervention, in PEFT's config format."""
 
-import copy
 import json
 import os
 from dataclasses import asdict, dataclass, field
@@ -65,6 +64,7 @@ class ReftConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PEFT_TYPE
+        self.from_file = self.base_model_shape is not None  # then it must fit the base; a new one fits any
         self._given: dict[int, Intervention] = {}
         if isinstance(self.intervention, Intervention):
             self._given[0] = self.intervention
@@ -137,12 +137,6 @@ class ReftConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain data, ready for JSON."""
         return asdict(self)
-
-    def copy(self) -> "ReftConfig":
-        """A config of its own, so that attaching it to one model leaves the caller's untouched."""
-        twin = copy.copy(self)
-        twin.target_modules = None
-        return twin
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:

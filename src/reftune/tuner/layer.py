@@ -63,6 +63,8 @@ class ReftLayer(nn.Module, BaseTunerLayer):
                 rows = batch.rows(adapter, positions, group, hidden, intervention.couples_positions)
                 if rows is not None:
                     hidden = _edit(hidden, rows.index, intervention, rows.segments)
+                elif self.training and torch.is_grad_enabled():
+                    hidden = _keep_in_graph(hidden, intervention)
         return hidden
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
@@ -103,3 +105,9 @@ def _edit(hidden: Tensor, index: Tensor, intervention: Intervention, segments: A
     if index.numel() == flat.shape[0]:
         return intervention(flat, segments).view_as(hidden)
     return flat.index_copy(0, index, intervention(flat.index_select(0, index), segments)).view_as(hidden)
+
+
+def _keep_in_graph(hidden: Tensor, intervention: Intervention) -> Tensor:
+    """hidden as it is, with the parameters in its graph: a batch that edits nothing still has a (zero) gradient."""
+    learned = [p for p in intervention.parameters() if p.requires_grad]
+    return hidden + sum(p.sum() * 0 for p in learned).to(hidden.dtype) if learned else hidden

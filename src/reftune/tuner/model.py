@@ -71,8 +71,7 @@ class ReftModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Resolve the sites, add the interventions, attach the hooks. On an error the model is as it was before."""
         kwargs.pop("state_dict", None)  # the config says where to edit
-        config: ReftConfig = self.peft_config[adapter_name].copy()
-        self.peft_config[adapter_name] = config
+        config: ReftConfig = self.peft_config[adapter_name]
         try:
             self._plan(model, adapter_name, config)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -90,7 +89,7 @@ class ReftModel(BaseTuner):
     def _plan(self, model: nn.Module, adapter_name: str, config: ReftConfig) -> None:
         """Find the sites of every edit before anything is touched: `self._sites` maps a path to what goes there."""
         shape = compatibility.base_shape(model)
-        if config.base_model_shape is not None:
+        if config.from_file and config.base_model_shape is not None:
             compatibility.check_same(config.base_model_shape, shape, adapter_name)
         config.base_model_shape = shape
         if ATTRIBUTE not in model.__dict__:
