@@ -10,7 +10,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
-def tiny_llama(layers: int = 4, hidden: int = 32, seed: int = 0, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+def tiny_llama(
+    layers: int = 4, hidden: int = 32, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> LlamaForCausalLM:
     """A random Llama of a few thousand numbers; vocabulary 99, pad 0, bos 1, eos 98."""
     torch.manual_seed(seed)
     config = LlamaConfig(

@@ -2,20 +2,16 @@
 
 import inspect
 import random
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from families import CAUSAL, RECURRENT, tiny  # noqa: E402
-from reference import columns, greedy, logits  # noqa: E402
-
-from reftune import ReftConfig, get_reft_model  # noqa: E402
-from reftune.interventions import Intervention  # noqa: E402
+from families import CAUSAL, RECURRENT, tiny
+from reference import columns, greedy, logits
+from reftune import ReftConfig, get_reft_model
+from reftune.interventions import Intervention
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*reference PyTorch implementation.*", "ignore:.*YaRN.*")
 EXPRESSIONS = ["f2+l2", "l2", "f3", "mid1+l1", "prompt", "all", "l1+gen", "f1+gen:2", "l2+gen/2", "f7+l7"]

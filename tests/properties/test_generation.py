@@ -1,19 +1,14 @@
 """Every way to generate edits the same tokens: the ways that peers break, on a tiny Llama."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache, pipeline
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import tiny_llama  # noqa: E402
-from reference import greedy, logits  # noqa: E402
-
-from reftune import ReftConfig, get_reft_model  # noqa: E402
-from reftune.interventions import Intervention  # noqa: E402
-from reftune.positions import NoPromptError  # noqa: E402
+from conftest import tiny_llama
+from reference import greedy, logits
+from reftune import ReftConfig, get_reft_model
+from reftune.interventions import Intervention
+from reftune.positions import NoPromptError
 
 EXPRESSIONS = ["f2+l2", "l2", "l1+gen", "all", "prompt+gen/2", "gen:2"]
 

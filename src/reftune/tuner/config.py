@@ -43,7 +43,7 @@ class ReftConfig(PeftConfig):
     layers: str | int | list[int] = field(default="mid", metadata={"help": "Blocks to edit."})
     positions: str = field(default="f2+l2", metadata={"help": "Tokens to edit."})
     component: str = field(default="block_output", metadata={"help": "What to edit in a block."})
-    intervention: str = field(default="loreft", metadata={"help": "Kind of the intervention."})
+    intervention: Any = field(default="loreft", metadata={"help": "Kind of the intervention."})
     share_weights: bool = field(default=False, metadata={"help": "One intervention per layer for all terms."})
     act_fn: str | None = field(default=None, metadata={"help": "Function on the learned source."})
     dropout: float = field(default=0.0, metadata={"help": "Dropout on the edit."})
@@ -71,7 +71,7 @@ class ReftConfig(PeftConfig):
             for key, value in self.intervention.config().items():
                 setattr(self, key, value)
         elif isinstance(self.intervention, type):
-            self.intervention = self.intervention.kind
+            self.intervention = getattr(self.intervention, "kind", self.intervention.__name__)
         if self.representations is not None:
             self._read_representations()
         for edit in self.edits():
@@ -102,7 +102,7 @@ class ReftConfig(PeftConfig):
                 self._given[number] = given
                 edit |= given.config()
             else:
-                edit["intervention"] = given.kind if isinstance(given, type) else given
+                edit["intervention"] = getattr(given, "kind", given)
                 edit["r"] = entry.get("low_rank_dimension", edit["r"])
             edit["component"] = entry.get("component", self.component)
             edit["layer"] = entry.get("layer")

@@ -30,7 +30,7 @@ def unbind(model: nn.Module) -> None:
 def generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The model's `generate`, with the prompt's columns made known to the ReFT layers."""
     session: Session | None = self.__dict__.get(ATTRIBUTE)
-    original = type(self).generate
+    original: Any = type(self).generate  # type: ignore[attr-defined]
     if session is None or not session.editing or session.state.prompt is not None:  # an assistant that is the model
         return original(self, *args, **kwargs)
     prompt = _prompt(original, self, args, kwargs)

@@ -62,7 +62,7 @@ def _handles(module: nn.Module) -> dict[str, Any]:
     return handles
 
 
-def _edit_output(module: nn.Module, args: Any, output: Any) -> Any:
+def _edit_output(module: Any, args: Any, output: Any) -> Any:
     if isinstance(output, tuple):
         return (module.edit_output(output[0]), *output[1:])
     if isinstance(output, Tensor):
@@ -76,7 +76,7 @@ def _edit_output(module: nn.Module, args: Any, output: Any) -> Any:
     )
 
 
-def _edit_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _edit_input(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if args and isinstance(args[0], Tensor):
         return (module.edit_input(args[0]), *args[1:]), kwargs
     for name in ("hidden_states", "x", "input", "inputs"):
@@ -87,7 +87,8 @@ def _edit_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 def _open_top(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     session: Session = module.__dict__[ATTRIBUTE]
-    if session.needs_wrapper and not session.state.wrapped and module.training and torch.is_grad_enabled():
+    direct = session.needs_wrapper and session.editing and not session.state.wrapped
+    if direct and module.training and torch.is_grad_enabled():
         raise RuntimeError(
             f"This {type(module).__name__} is the base model: it carries a ReFT adapter, and training it directly "
             "would save the whole model instead of the adapter. Pass the PeftModel that get_reft_model (or "
@@ -111,7 +112,7 @@ class _CarriesPass:
         self.function, self.session = function, session
 
     def __call__(self, block: Any, *args: Any, **kwargs: Any) -> Any:
-        state, batch = self.session.state, self.session.batch
+        batch = self.session.batch
 
         def recomputable(*inputs: Any, **named: Any) -> Any:
             state = self.session.state  # the backward may run in another thread
@@ -121,11 +122,10 @@ class _CarriesPass:
             finally:
                 state.batch = before
 
-        del state
         return self.function(recomputable, *args, **kwargs)
 
 
-def _before_checkpoint(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _before_checkpoint(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not (module.training and getattr(module, "gradient_checkpointing", False)):
         return None
     function = module._gradient_checkpointing_func

@@ -43,7 +43,8 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
     def interventions(self, adapter_name: str) -> list[Intervention]:
         """The adapter's interventions at this site."""
-        return [getattr(self, f"reft_{group}")[adapter_name] for _, group in self.groups.get(adapter_name, ())]
+        groups: list[tuple[str, str]] = self.groups.get(adapter_name, [])
+        return [getattr(self, f"reft_{group}")[adapter_name] for _, group in groups]
 
     def forward(self, hidden: Tensor) -> Tensor:
         if self._disable_adapters or not self.session.editing:
@@ -56,8 +57,8 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             )
         if batch.nothing:
             return hidden
-        active = dict.fromkeys(batch.adapter_names) if batch.adapter_names else self.active_adapters
-        for adapter in active:
+        names: Any = batch.adapter_names or self.active_adapters
+        for adapter in dict.fromkeys(names):
             for positions, group in self.groups.get(adapter, ()):
                 intervention: Intervention = getattr(self, f"reft_{group}")[adapter]
                 rows = batch.rows(adapter, positions, group, hidden, intervention.couples_positions)
@@ -69,7 +70,8 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_names, inference_mode=inference_mode)
-        self.session.active = self.active_adapters
+        active: Any = self.active_adapters
+        self.session.active = active
 
     def enable_adapters(self, enabled: bool) -> None:
         super().enable_adapters(enabled)
@@ -110,4 +112,4 @@ def _edit(hidden: Tensor, index: Tensor, intervention: Intervention, segments: A
 def _keep_in_graph(hidden: Tensor, intervention: Intervention) -> Tensor:
     """hidden as it is, with the parameters in its graph: a batch that edits nothing still has a (zero) gradient."""
     learned = [p for p in intervention.parameters() if p.requires_grad]
-    return hidden + sum(p.sum() * 0 for p in learned).to(hidden.dtype) if learned else hidden
+    return hidden + torch.stack([p.sum() * 0 for p in learned]).sum().to(hidden.dtype) if learned else hidden

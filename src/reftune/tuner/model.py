@@ -45,21 +45,13 @@ class ReftModel(BaseTuner):
     tuner_layer_cls = ReftLayer
     target_module_mapping: dict[str, Any] = {}
 
-    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        super().__init__(model, *args, **kwargs)
-        self.session.needs_wrapper = True
-
     @property
     def session(self) -> Session:
         return self.model.__dict__[ATTRIBUTE]  # type: ignore[no-any-return]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        state = self.session.state
-        before, state.wrapped = state.wrapped, True
-        try:
+        with self.session.through_wrapper():
             return self.model(*args, **kwargs)
-        finally:
-            state.wrapped = before
 
     def trainable_parameters(self) -> TrainableParameters:
         """Prints as "32,772 parameters, 65.5 kB in bfloat16, 0.0005% of the model"."""
@@ -119,7 +111,7 @@ class ReftModel(BaseTuner):
             interventions = {
                 group: _build(edit, self.model, target, site) for group in peft_config.groups(edit["positions"])
             }
-            layer = getattr(target, child, None)
+            layer: Any = getattr(target, child, None)
             if layer is None:
                 layer = ReftLayer(self.model.__dict__[ATTRIBUTE])
                 layer.train(target.training)
@@ -161,6 +153,7 @@ class ReftModel(BaseTuner):
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Adapters are made in fp32 (fp64 for an fp64 base) and stay so: R in bf16 is orthonormal to 1e-3 at best."""
+        self.session.needs_wrapper = True  # only a PeftModel asks for this; transformers' own add_adapter has none
 
     # -- use -----------------------------------------------------------------------------------------------------
 
@@ -182,6 +175,7 @@ class ReftModel(BaseTuner):
         self.session.active = active
 
     def _forget(self, model: nn.Module, adapter_name: str) -> None:
+        layer: Any
         session = model.__dict__.get(ATTRIBUTE)
         for target in list(model.modules()):
             for child in CHILD.values():
@@ -189,7 +183,8 @@ class ReftModel(BaseTuner):
                 if not isinstance(layer, ReftLayer):
                     continue
                 if adapter_name in layer.groups:
-                    layer._active_adapter = [n for n in layer.active_adapters if n != adapter_name]
+                    active: Any = layer.active_adapters
+                    layer._active_adapter = [n for n in active if n != adapter_name]
                     layer.delete_adapter(adapter_name)
                 if not layer.groups:
                     target._modules.pop(child)
@@ -226,17 +221,19 @@ class ReftModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """`adapter_names`, one a row ("__base__" for none): each row is edited by its own adapter."""
+        """Around every call through the PeftModel. `adapter_names`, one a row ("__base__" for none): each row is
+        edited by its own adapter."""
+        state = self.session.state
         names = kwargs.pop("adapter_names", None)
         if names is None:
-            yield
+            with self.session.through_wrapper():
+                yield
             return
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         unknown = set(names) - set(self.peft_config) - {"__base__"}
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
-        state = self.session.state
         state.adapter_names = list(names)
         try:
             yield
@@ -263,7 +260,14 @@ class ReftModel(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
-        compatibility.check_keys(model, adapter_name, remapped)
+        try:
+            compatibility.check_keys(model, adapter_name, remapped)
+        except ValueError:
+            tuner = getattr(model, "base_model", None)
+            if isinstance(tuner, ReftModel):
+                tuner._forget(tuner.model, adapter_name)
+                tuner.peft_config.pop(adapter_name, None)
+            raise
         return remapped
 
 

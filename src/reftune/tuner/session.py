@@ -8,6 +8,8 @@ was read into, so that decoding by hand works too.
 import copy
 import inspect
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -74,6 +76,15 @@ class Session:
         """Whether any adapter is active and enabled."""
         return self.enabled and bool(self.active or self.state.adapter_names)
 
+    @contextmanager
+    def through_wrapper(self) -> Iterator[None]:
+        """Calls of the base model in here come from its PeftModel."""
+        before, self.state.wrapped = self.state.wrapped, True
+        try:
+            yield
+        finally:
+            self.state.wrapped = before
+
     def open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], top: bool) -> dict[str, Any]:
         """Begin a forward pass of `module`; returns its keyword arguments without ours."""
         state = self.state
@@ -116,7 +127,7 @@ class Session:
         state = self.state
         ids, embeds, cache = get("input_ids"), get("inputs_embeds"), _cache(get)
         tokens = ids if isinstance(ids, Tensor) and ids.dim() == 2 else embeds
-        shape = tuple(tokens.shape[:2]) if isinstance(tokens, Tensor) and tokens.dim() >= 2 else None
+        shape = (tokens.shape[0], tokens.shape[1]) if isinstance(tokens, Tensor) and tokens.dim() >= 2 else None
 
         prompt = state.prompt
         if prompt is None and cache is not None:
@@ -141,7 +152,7 @@ class Session:
             )
         two_d = isinstance(position_ids, Tensor) and position_ids.dim() == 2 and shape is not None
         inputs = Inputs(
-            shape=shape,  # type: ignore[arg-type]
+            shape=shape,
             mask=mask if isinstance(mask, Tensor) and mask.dim() == 2 else None,
             labels=labels if state.prompt is None else None,
             prompt_mask=prompt_mask if state.prompt is None else None,

@@ -1,0 +1,256 @@
+"""What PEFT asks of every tuner: several adapters, deletion, state dicts, dtypes, status, unloading, injection."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from peft import (
+    AutoPeftModelForCausalLM,
+    PeftConfig,
+    PeftModel,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
+
+from conftest import tiny_llama
+from reftune import ReftConfig, get_reft_model
+from reftune.tuner.layer import ReftLayer
+
+IDS = torch.tensor([[5, 6, 7, 8, 9]])
+
+
+def adapted(**settings):
+    base = settings.pop("base", None)
+    config = {"layers": [1, 2], "init_weights": False, "task_type": "CAUSAL_LM", **settings}
+    model = get_reft_model(tiny_llama() if base is None else base, ReftConfig(**config))
+    return shake(model).eval()
+
+
+def shake(model, adapter="default"):
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if f".{adapter}." in name and not name.endswith(".R"):
+                parameter.add_(torch.randn_like(parameter))
+    return model
+
+
+@torch.no_grad()
+def logits(model):
+    return model(IDS).logits
+
+
+def test_adapters_are_added_switched_combined_and_deleted():
+    model = adapted()
+    first = logits(model)
+    model.add_adapter("other", ReftConfig(layers=[0, 2], positions="l1", r=2, init_weights=False))
+    shake(model, "other")
+    assert torch.equal(logits(model), first)  # the first one stays the active one
+    model.set_adapter("other")
+    second = logits(model)
+    assert not torch.allclose(second, first)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+        n for n, _ in model.named_parameters() if ".other." in n
+    }
+    model.base_model.set_adapter(["default", "other"])
+    both = logits(model)
+    assert not torch.allclose(both, first)
+    assert not torch.allclose(both, second)
+    model.set_adapter("default")
+    assert torch.equal(logits(model), first)
+    model.delete_adapter("default")
+    assert model.active_adapters == ["other"]
+    assert torch.equal(logits(model), second)
+    assert not any(".default." in n for n, _ in model.named_parameters())
+    model.delete_adapter("other")
+    assert not any(isinstance(m, ReftLayer) for m in model.modules())
+    assert torch.equal(logits(model.base_model.model), logits(tiny_llama()))
+
+
+def test_disabling_nests_and_unloading_restores():
+    model, plain = adapted(), tiny_llama()(IDS).logits
+    edited = logits(model)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), plain)
+        with model.disable_adapter():
+            assert torch.equal(logits(model), plain)
+        assert torch.equal(logits(model), plain)
+    assert torch.equal(logits(model), edited)
+    with pytest.raises(ValueError, match="cannot be merged"):
+        model.merge_and_unload()
+    assert torch.equal(logits(model), edited)
+    base = model.unload()
+    assert type(base).__name__ == "LlamaForCausalLM"
+    assert [n for n, _ in base.named_modules()] == [n for n, _ in tiny_llama().named_modules()]
+    assert torch.equal(base(IDS).logits, plain)
+    assert "generate" not in base.__dict__
+
+
+def test_status_names_and_counts():
+    model = adapted()
+    status = model.get_model_status()
+    assert (status.adapter_model_type, status.peft_types, status.enabled) == ("ReftModel", {"default": "REFT"}, True)
+    assert (status.num_adapter_layers, status.active_adapters) == (2, ["default"])
+    assert model.get_nb_trainable_parameters()[0] == model.trainable_parameters().count
+    assert [s.name for s in model.get_layer_status()] == [f"model.model.layers.{i}.edit_output" for i in (1, 2)]
+    assert "ReftLayer(default: f2+l2)" in repr(model)
+
+
+def test_the_base_model_is_untouched_but_for_the_children():
+    names = dict(tiny_llama().named_parameters())
+    model = adapted()
+    found = {n: p for n, p in model.get_base_model().named_parameters() if ".reft_" not in n}
+    assert found.keys() == names.keys()
+    assert all(torch.equal(found[n], names[n]) for n in names)
+    assert not any(p.requires_grad for p in found.values())
+
+
+def test_state_dicts_carry_the_adapter_to_another_name():
+    model = adapted()
+    state = get_peft_model_state_dict(model)
+    assert sorted(state) == sorted(
+        f"base_model.model.model.layers.{i}.edit_output.reft_{t}.{k}"
+        for i in (1, 2)
+        for t in ("f2", "l2")
+        for k in "RWb"
+    )
+    twin = get_reft_model(tiny_llama(), ReftConfig(layers=[1, 2], task_type="CAUSAL_LM"), adapter_name="x").eval()
+    set_peft_model_state_dict(twin, state, adapter_name="x")
+    assert torch.equal(logits(twin), logits(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_adapters_stay_precise_on_any_base(dtype):
+    model = adapted(base=tiny_llama(dtype=dtype))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert {p.dtype for n, p in model.named_parameters() if ".reft_" in n} == {wide}
+    assert logits(model).dtype == dtype
+    loss = model(IDS, labels=torch.tensor([[-100, -100, -100, 8, 9]])).loss
+    loss.backward()
+    model.to(torch.bfloat16)  # a user's own cast
+    assert logits(model).isfinite().all()
+
+
+def test_copies_and_pickles():
+    model = adapted()
+    assert torch.equal(logits(copy.deepcopy(model)), logits(model))
+    assert torch.equal(logits(pickle.loads(pickle.dumps(model))), logits(model))
+
+
+def test_saved_and_loaded_in_every_way(tmp_path):
+    base = tiny_llama()
+    base.save_pretrained(tmp_path / "base")
+    from transformers import LlamaForCausalLM
+
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    model = adapted(base=base)
+    model.add_adapter("other", ReftConfig(layers="all", positions="all", intervention="red"))
+    shake(model, "other")
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "adapter")
+    assert isinstance(PeftConfig.from_pretrained(tmp_path / "adapter"), ReftConfig)
+    for load in (
+        lambda: PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter"),
+        lambda: AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter"),
+        lambda: PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter", low_cpu_mem_usage=True),
+    ):
+        assert torch.equal(logits(load().eval()), expected)
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter").eval()
+    loaded.load_adapter(tmp_path / "adapter" / "other", adapter_name="second")
+    assert torch.equal(logits(loaded), expected)
+    loaded.set_adapter("second")
+    model.set_adapter("other")
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_an_adapter_without_task_type_loads_by_auto_class(tmp_path):
+    from transformers import LlamaForCausalLM
+
+    tiny_llama().save_pretrained(tmp_path / "base")
+    model = adapted(base=LlamaForCausalLM.from_pretrained(tmp_path / "base"), task_type=None)
+    model.save_pretrained(tmp_path / "adapter")
+    from peft import AutoPeftModel
+
+    assert torch.equal(logits(AutoPeftModel.from_pretrained(tmp_path / "adapter").eval()), logits(model))
+
+
+def test_transformers_own_add_adapter_trains_saves_and_loads(tmp_path):
+    base = tiny_llama()
+    base.add_adapter(ReftConfig(layers=[1], positions="l2", init_weights=False), adapter_name="reft")
+    with torch.no_grad():
+        for name, parameter in base.named_parameters():
+            if ".reft_" in name and not name.endswith("R"):
+                parameter.add_(torch.randn_like(parameter))
+    base.train()
+    base(IDS, labels=torch.tensor([[-100, -100, -100, 8, 9]])).loss.backward()
+    base.eval()
+    edited = logits(base)
+    base.disable_adapters()
+    assert torch.equal(logits(base), tiny_llama()(IDS).logits)
+    base.enable_adapters()
+    assert torch.equal(logits(base), edited)
+    base.save_pretrained(tmp_path)
+    other = tiny_llama()
+    other.load_adapter(str(tmp_path))
+    assert torch.equal(logits(other), edited)
+    base.delete_adapter("reft")
+    assert torch.equal(logits(base), tiny_llama()(IDS).logits)
+
+
+def test_inject_adapter_in_model():
+    base = inject_adapter_in_model(ReftConfig(layers=[1], init_weights=False), tiny_llama())
+    assert not torch.allclose(logits(base), tiny_llama()(IDS).logits)
+
+
+def test_device_map_and_offload(tmp_path):
+    from accelerate import cpu_offload
+
+    model = adapted()
+    expected = logits(model)
+    offloaded = cpu_offload(copy.deepcopy(model), execution_device=torch.device("cpu"))
+    torch.testing.assert_close(logits(offloaded), expected)
+
+
+def test_a_base_of_another_size_or_architecture_is_refused(tmp_path):
+    adapted().save_pretrained(tmp_path)
+    from transformers import MistralConfig, MistralForCausalLM
+
+    mistral = MistralForCausalLM(
+        MistralConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, vocab_size=99)
+    )
+    for base, message in (
+        (tiny_llama(hidden=16), r"hidden_size 32 \(this model: 16\)"),
+        (tiny_llama(layers=6), r"num_hidden_layers 4 \(this model: 6\)"),
+        (mistral, r"model_type 'llama' \(this model: 'mistral'\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            PeftModel.from_pretrained(base, tmp_path)
+        assert not any(isinstance(m, ReftLayer) for m in base.modules())
+
+
+def test_weights_that_are_not_the_adapters_are_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    adapted().save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    whole = load_file(file)
+    for change, message in (
+        (lambda s: s.pop(next(iter(s))), "1 missing"),
+        (
+            lambda s: s.update({"base_model.model.model.layers.3.edit_output.reft_f2.R": torch.zeros(4, 32)}),
+            "not known",
+        ),
+        (lambda s: s.update({next(k for k in s if k.endswith("W")): torch.zeros(4, 16)}), "another shape"),
+    ):
+        state = dict(whole)
+        change(state)
+        save_file(state, file, metadata={"format": "pt"})
+        base = tiny_llama()
+        with pytest.raises(ValueError, match=message):
+            PeftModel.from_pretrained(base, tmp_path)
+        assert not any(isinstance(m, ReftLayer) for m in base.modules())
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert torch.equal(logits(base), tiny_llama()(IDS).logits)
