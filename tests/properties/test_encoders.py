@@ -111,8 +111,8 @@ def test_an_encoder_decoder_is_edited_in_its_encoder(name):
     model.train()
     model(input_ids=ids, attention_mask=mask, labels=torch.tensor([[4, 5, 6], [7, 8, -100]])).loss.backward()
     assert [s.int().tolist() for s in seen] == [expected]
+    path = "decoder.block.1.output" if name == "t5" else "model.decoder.layers.1.output"
     with pytest.raises(ValueError, match="decoder of an encoder-decoder"):
-        path = "decoder.block.1.output" if name == "t5" else "model.decoder.layers.1.output"
         get_reft_model(model.unload(), ReftConfig(component=path, positions="l1"))
 
 

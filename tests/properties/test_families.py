@@ -156,7 +156,7 @@ def test_disabled_equals_base_bit_for_bit_and_loaded_equals_saved(name, tmp_path
 def test_packed_sequences_equal_rows_of_their_own(name):
     model, rng = adapted(name, "packed")
     rows = prompts(rng)
-    ids = torch.tensor([sum(rows, [])])
+    ids = torch.tensor([[token for row in rows for token in row]])
     position_ids = torch.tensor([[i for row in rows for i in range(len(row))]])
     takes_positions = "position_ids" in inspect.signature(type(model.get_base_model()).forward).parameters
     if not takes_positions:

@@ -116,7 +116,7 @@ def test_beams_and_sampling_follow_the_same_logits():
 
 @pytest.mark.parametrize("positions", ["f2", "prompt", "all"])
 def test_continuing_from_a_cache(positions):
-    """Turn 2 of a chat, on turn 1's cache. The prompt is then everything said so far, and only new tokens are edited."""
+    """Turn 2 of a chat on turn 1's cache: the prompt is all that was said, and only new tokens are edited."""
     model = adapted(positions)
     first = torch.tensor([PROMPTS[0]])
     cache = DynamicCache(config=model.config)

@@ -78,7 +78,7 @@ def _widen(mask: Tensor | None, rows: int, total: int, device: torch.device | No
 
 @dataclass
 class Rows:
-    """Tokens to edit: `index` (N,) into the flattened (B·L, d) hidden states, `segments` (N,) their prompts' numbers."""
+    """Tokens to edit: `index` (N,) into the flattened (B·L, d) hidden states, `segments` (N,) their prompts."""
 
     index: Tensor
     segments: Tensor

@@ -1,4 +1,4 @@
-"""What will be edited, for this text, in this batch: the positions of a model's adapter, resolved without running it."""
+"""What will be edited, in this batch: the positions of a model's adapter, resolved without running it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -24,7 +24,8 @@ def _add_peft_type() -> PeftType:
         PeftType._member_map_[key] = member
         PeftType._value2member_map_[key] = member
         PeftType._member_names_.append(key)
-        assert PeftType(key) is PeftType[key] is member and key in list(PeftType)
+        if PeftType(key) is not member or key not in list(PeftType):
+            raise TypeError(f"PeftType does not take a new member: {list(PeftType)}")
     except Exception as error:
         raise ImportError(
             "reftune adds the method REFT to peft.PeftType, and this version of PEFT does not let it: "
