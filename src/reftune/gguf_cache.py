@@ -32,8 +32,7 @@ def dequantised(file: str | Path) -> Path:
     from filelock import FileLock
 
     file = Path(file).resolve()
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    digest = _sha256(file)
     root = cache_dir() / "gguf"
     target = root / f"{file.stem}-{digest[:16]}-{_LAYOUT}"
     if _complete(target):
@@ -55,6 +54,14 @@ def dequantised(file: str | Path) -> Path:
             shutil.rmtree(work, ignore_errors=True)
             raise
     return target
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _convert(file: Path, work: Path) -> None:

@@ -5,6 +5,7 @@ A model's blocks are the `ModuleList` whose members can be gradient-checkpointed
 encoder-decoder. A component is the block itself or the child that the block calls its attention or its feed-forward.
 """
 
+import contextlib
 import difflib
 import math
 import re
@@ -49,23 +50,25 @@ def select_layers(layers: Layers, depth: int) -> list[int]:
         return list(range(depth))
     if layers == "mid":
         return [depth // 2]
+    numbers: list[Any] = []
     if isinstance(layers, str):
-        percent = re.fullmatch(r"\s*([\d.]+)\s*%\s*-\s*([\d.]+)\s*%\s*", layers)
+        percent = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*-\s*(\d+(?:\.\d+)?)\s*%\s*", layers)
         if percent:
             low, high = float(percent[1]) / 100, float(percent[2]) / 100
             chosen = [i for i in range(depth) if low - 1e-9 <= i / depth <= high + 1e-9]
             if not chosen:
                 raise ValueError(f"layers={layers!r} holds no layer of a model with {depth}: widen the range.")
             return chosen
-        try:
-            layers = [int(part) for part in re.split(r"[;,\s]+", layers.strip("[] "))]
-        except ValueError:
-            raise ValueError(
-                f"layers={layers!r} names no layers. Use 'mid', 'all', a list of numbers, or a depth range '50%-70%'."
-            ) from None
-    numbers = [layers] if isinstance(layers, int) else list(layers)
+        with contextlib.suppress(ValueError):
+            numbers = [int(part) for part in re.split(r"[;,\s]+", layers.strip("[] "))]
+    elif isinstance(layers, int):
+        numbers = [layers]
+    elif isinstance(layers, Sequence):
+        numbers = list(layers)
     if not numbers or any(isinstance(n, bool) or not isinstance(n, int) for n in numbers):
-        raise ValueError(f"layers={layers!r} names no layers. Use 'mid', 'all', a list of numbers, or '50%-70%'.")
+        raise ValueError(
+            f"layers={layers!r} names no layers. Use 'mid', 'all', a list of numbers, or a depth range '50%-70%'."
+        )
     wrong = [n for n in numbers if not -depth <= n < depth]
     if wrong:
         raise ValueError(
@@ -164,8 +167,8 @@ def _component(model: nn.Module, block: str, component: str) -> str:
 
 
 def _raw_site(model: nn.Module, component: str) -> Site:
-    if not re.search(r"\.(output|input)$", component):
-        near = difflib.get_close_matches(component, COMPONENTS, n=1)
+    if not isinstance(component, str) or not re.fullmatch(r"[^.].*\.(output|input)", component):
+        near = difflib.get_close_matches(str(component), COMPONENTS, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(
             f"Unknown component {component!r}.{hint} Known: {', '.join(COMPONENTS)}, or a module path that ends in "

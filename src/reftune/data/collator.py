@@ -6,7 +6,7 @@ batch = collator([{"input_ids": [5, 6, 7], "labels": [-100, -100, 7]}])
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from typing import Any, Literal
 
 import torch
@@ -31,9 +31,13 @@ class ReftDataCollator:
         ValueError: a row without `labels`, or one whose labels leave no prompt or no response.
     """
 
-    tokenizer: Any
+    tokenizer: InitVar[Any]  # not kept: a Trainer saves the tokenizer of its collator into every checkpoint
     padding_side: Literal["right", "left"] = "right"
     pad_to_multiple_of: int | None = None
+
+    def __post_init__(self, tokenizer: Any) -> None:
+        known = [token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None]
+        self.pad_token_id: int = known[0] if known else 0
 
     def __call__(self, features: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:
         length = max(len(row["input_ids"]) for row in features)
@@ -43,7 +47,7 @@ class ReftDataCollator:
         for row in features:
             prompt, total = self._prompt_length(row), len(row["input_ids"])
             columns = {
-                "input_ids": (list(row["input_ids"]), self._pad_id),
+                "input_ids": (list(row["input_ids"]), self.pad_token_id),
                 "attention_mask": ([1] * total, 0),
                 "labels": (list(row["labels"]), IGNORE),
                 "prompt_mask": ([1] * prompt + [0] * (total - prompt), 0),
@@ -52,13 +56,6 @@ class ReftDataCollator:
                 padding = [fill] * (length - total)
                 batch[name].append(values + padding if self.padding_side == "right" else padding + values)
         return {name: torch.tensor(rows, dtype=torch.long) for name, rows in batch.items()}
-
-    @property
-    def _pad_id(self) -> int:
-        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
-            if token is not None:
-                return int(token)
-        return 0
 
     def _prompt_length(self, row: Mapping[str, Sequence[int]]) -> int:
         if "labels" not in row:

@@ -3,8 +3,8 @@
     read_row = find_columns(["instruction", "input", "output"])
     read_row({"instruction": "Add.", "input": "1 2", "output": "3"})   # Example(messages=[...], response="3")
 
-Three layouts, looked for in this order: `messages` (a chat; the last turn, the assistant's, is the response), `prompt` +
-`completion` (each a text, or a list of messages), `instruction` (+ `input`) + `output`.
+Three layouts, looked for in this order: `messages` (a chat; the last turn, the assistant's, is the response), `prompt`
++ `completion` (each a text, or a list of messages), `instruction` (+ `input`) + `output`.
 """
 
 from collections.abc import Callable, Iterable, Mapping

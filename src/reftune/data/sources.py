@@ -43,13 +43,30 @@ def _read_file(datasets: Any, path: Path, builder: str | None) -> Any:
         raise FileNotFoundError(f"There is no file {path}. Check the path of the data.")
     if builder is None:
         raise ValueError(f"{path} is of no kind that reftune reads. Known: {', '.join(_BUILDERS)} (also packed, .gz).")
-    options = {"sep": "\t"} if ".tsv" in path.suffixes else {}
+    options = _csv_options(datasets, path) if builder == "csv" else {}
     try:
         # A file is one split, "train", whatever it holds; `split` of a recipe is for the hub.
         return datasets.load_dataset(builder, data_files=str(path), split="train", **options)
+    except ValueError as error:  # what `datasets` says of a file without rows
+        if "no data" in str(error):
+            raise ValueError(f"{path} has no rows. Give a data set with at least one example.") from error
+        raise
     except datasets.exceptions.DatasetGenerationError as error:
         cause = error.__cause__ or error
         raise ValueError(f"{path} could not be read as {builder}: {cause}") from error
+
+
+def _csv_options(datasets: Any, path: Path) -> dict[str, Any]:
+    """Every column is text: an answer "1" must not come back as a number, nor "None" as nothing."""
+    import pandas
+
+    separator = "\t" if ".tsv" in path.suffixes else ","
+    try:
+        names = pandas.read_csv(path, sep=separator, nrows=0).columns
+    except ValueError as error:  # pandas' parser errors are ValueErrors
+        raise ValueError(f"{path} could not be read as csv: {error}") from error
+    features = datasets.Features({str(name): datasets.Value("string") for name in names})
+    return {"sep": separator, "features": features, "keep_default_na": False, "na_filter": False}
 
 
 def _builder(path: Path) -> str | None:

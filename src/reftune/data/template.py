@@ -123,8 +123,8 @@ def tokenize(
         ValueError: unknown columns, a bad row (its number is given), or no row left.
     """
     rows: list[dict[str, list[int]]] = []
-    skipped = truncated = total = 0
-    for total, example in enumerate(_examples(data, columns), start=1):
+    skipped = truncated = 0
+    for example in _examples(data, columns):
         prompt = template.prompt_ids(example.messages)
         response = template.response_ids(example.messages, example.response)
         room = max_length - len(prompt)
@@ -134,6 +134,7 @@ def tokenize(
         truncated += len(response) > room
         response = response[:room]
         rows.append({"input_ids": prompt + response, "labels": [IGNORE] * len(prompt) + response})
+    total = len(rows) + skipped
     if not rows:
         why = f"all {total} prompts fill max_length={max_length}: raise it" if total else "it has no rows"
         raise ValueError(f"The data leaves nothing to train on, for {why}.")

@@ -3,6 +3,7 @@
 from .base import INTERVENTIONS as INTERVENTIONS
 from .base import Intervention as Intervention
 from .base import intervention_class as intervention_class
+from .base import kind_of as kind_of
 from .base import register_intervention as register_intervention
 from .lowrank import ConsreftIntervention as ConsreftIntervention
 from .lowrank import DireftIntervention as DireftIntervention
@@ -11,6 +12,7 @@ from .lowrank import LoreftIntervention as LoreftIntervention
 from .lowrank import LowRankIntervention as LowRankIntervention
 from .lowrank import NodireftIntervention as NodireftIntervention
 from .lowrank import NoreftIntervention as NoreftIntervention
+from .lowrank import retract_all as retract_all
 from .orthogonal import orthonormal_rows as orthonormal_rows
 from .orthogonal import orthonormality_error as orthonormality_error
 from .orthogonal import retract_ as retract_

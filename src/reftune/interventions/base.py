@@ -12,6 +12,7 @@ One of your own is a subclass with a formula and a decorator:
     ReftConfig(intervention="shift", layers="all", positions="all")
 """
 
+import contextlib
 import difflib
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
@@ -34,12 +35,17 @@ class Intervention(nn.Module):
         dropout: probability, on the edit Δ alone, never on h (pyreft's is on the whole residual).
         bias: b is "learned", "frozen" (kept at its initial value, saved) or "none".
         init_weights: True starts at Δ = 0 where the formula allows it; False starts as pyreft does.
+        dtype, device: of the parameters; whatever their dtype, Δ is computed in fp32 or wider.
+        settings: further arguments, those that the kind lists in `setting_names`.
     """
 
     kind: ClassVar[str]
     has_rank: ClassVar[bool] = True
     orthonormal: ClassVar[bool] = False  # R has orthonormal rows
     couples_positions: ClassVar[bool] = False  # Δ of one token depends on other tokens of its prompt
+    setting_names: ClassVar[tuple[str, ...]] = ()  # what the kind reads from `self.settings`
+
+    b: nn.Parameter | Tensor | None
 
     def __init__(
         self,
@@ -56,15 +62,21 @@ class Intervention(nn.Module):
     ) -> None:
         super().__init__()
         rank = low_rank_dimension if self.has_rank else None
-        if rank is not None and not 1 <= rank <= embed_dim:
+        if self.has_rank and (not isinstance(rank, int) or not 1 <= rank <= embed_dim):
             raise ValueError(
-                f"The rank must lie between 1 and the width of the hidden states ({embed_dim}), but is {rank}. "
-                "Choose a smaller r."
+                "The rank must be a whole number between 1 and the width of the hidden states "
+                f"({embed_dim}), but is {rank!r}. Choose such an r."
             )
+        unknown = sorted(set(settings) - set(self.setting_names))
+        if unknown:
+            known = (
+                f"Its own are: {', '.join(self.setting_names)}." if self.setting_names else "It has none of its own."
+            )
+            raise ValueError(f"{type(self).__name__} has no setting {unknown[0]!r}. {known}")
         if bias not in ("learned", "frozen", "none"):
             raise ValueError(f'bias must be "learned", "frozen" or "none", but is {bias!r}.')
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout is a probability in [0, 1), but is {dropout}.")
+        if not isinstance(dropout, (int, float)) or not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout is a probability in [0, 1), but is {dropout!r}.")
         self.embed_dim = embed_dim
         self.low_rank_dimension = rank
         self.act_fn = None if act_fn in (None, "linear") else act_fn
@@ -73,7 +85,7 @@ class Intervention(nn.Module):
         self.bias_mode = bias
         self.init_weights = init_weights
         self.settings = settings
-        with torch.device(device) if device is not None else _nowhere():
+        with torch.device(device) if device is not None else contextlib.nullcontext():
             self.reset_parameters()
         if dtype is not None:
             self.to(dtype)
@@ -102,7 +114,7 @@ class Intervention(nn.Module):
     def config(self) -> dict[str, Any]:
         """What a config must say to build this module again (its weights aside)."""
         return {
-            "intervention": self.kind,
+            "intervention": kind_of(type(self)),
             "r": self.low_rank_dimension,
             "act_fn": self.act_fn,
             "dropout": self.dropout,
@@ -129,7 +141,7 @@ def register_intervention(kind: str) -> Callable[[type[Intervention]], type[Inte
 
     def add(cls: type[Intervention]) -> type[Intervention]:
         known = INTERVENTIONS.get(kind)
-        if known is not None and known.__qualname__ != cls.__qualname__:
+        if known is not None and _name(known) != _name(cls):  # the same class may come again: a notebook's cell
             raise ValueError(f"The intervention kind {kind!r} is {known.__name__} already; choose another name.")
         cls.kind = kind
         INTERVENTIONS[kind] = cls
@@ -138,16 +150,36 @@ def register_intervention(kind: str) -> Callable[[type[Intervention]], type[Inte
     return add
 
 
+def kind_of(cls: type[Intervention]) -> str:
+    """The kind a class is registered as; a ValueError if it is not (a subclass does not stand for its parent)."""
+    kind: str | None = getattr(cls, "kind", None)
+    if kind is None or kind not in INTERVENTIONS or _name(INTERVENTIONS[kind]) != _name(cls):
+        raise ValueError(
+            f"{cls.__name__} is not a registered intervention, so a saved adapter could not name it. Put "
+            f'@register_intervention("a_name_of_its_own") above the class.'
+        )
+    return kind
+
+
+def _name(cls: type) -> tuple[str, str]:
+    return cls.__module__, cls.__qualname__
+
+
 def intervention_class(kind: str) -> type[Intervention]:
     """The class of a kind; an unknown one is a ValueError with the nearest known name."""
     if kind in INTERVENTIONS:
         return INTERVENTIONS[kind]
-    near = difflib.get_close_matches(kind.lower(), INTERVENTIONS, n=1)
+    near = difflib.get_close_matches(str(kind).lower(), INTERVENTIONS, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise ValueError(
         f"Unknown intervention {kind!r}.{hint} Known: {', '.join(sorted(INTERVENTIONS))}. One of your own must be "
         "imported (its @register_intervention run) before a config names it."
     )
+
+
+def in_precision_of(h: Tensor, *values: Tensor | None) -> list[Any]:
+    """The values in the dtype of h, None staying None: PEFT and TRL may have cast parameters to bf16."""
+    return [None if value is None else value.to(h.dtype) for value in values]
 
 
 def activation(name: str | None) -> Callable[[Tensor], Tensor] | None:
@@ -158,9 +190,3 @@ def activation(name: str | None) -> Callable[[Tensor], Tensor] | None:
     if name not in allowed:
         raise ValueError(f"Unknown act_fn {name!r}. Known: linear, {', '.join(allowed)}.")
     return getattr(nn.functional, name)  # type: ignore[no-any-return]
-
-
-class _nowhere:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None: ...

@@ -14,11 +14,14 @@ With R, W: r×d and b: r, and f = act_fn or the identity:
 
 import math
 import warnings
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from .base import Intervention, register_intervention
+from .base import Intervention, in_precision_of, register_intervention
 from .orthogonal import can_retract, orthonormal_rows, retract_, rows_at_manifold
 
 
@@ -26,29 +29,40 @@ class LowRankIntervention(Intervention):
     """R (r, d) with or without orthonormal rows; the other parameters are the kind's own."""
 
     R: nn.Parameter
+    W: nn.Parameter  # of the kinds with a learned source
+
+    sharded = False  # FSDP2 holds R in pieces: what a forward writes into the gathered copy would be lost
+    _settled: "_Settled | None" = None
+    _fresh: int | None = None  # version of R that `retract_all` put right for the forward that follows
 
     def rows(self) -> Tensor:
         """R (r, d) to compute with, fp32 or wider; orthonormal if the kind says so."""
         if not self.orthonormal:
             return self.R
-        if isinstance(self.R, nn.Parameter) and self._learns():
-            self._seen = None
-            if self.sharded or not can_retract(self.R):
+        if self._learns():
+            self._settled = None
+            fresh, self._fresh = self._fresh, None
+            if self.sharded or not can_retract(self.R) or not isinstance(self.R, nn.Parameter):
                 return orthonormal_rows(self.R)
-            retract_([self.R])
-            return rows_at_manifold(self.R)
-        if self.R.dtype not in (torch.float32, torch.float64):
-            return orthonormal_rows(self.R.detach())
-        # After training R was last touched by the optimiser: put it right once, then never again.
-        if not torch.compiler.is_compiling():
-            seen = None if self.R.is_inference() else (self.R.data_ptr(), self.R._version)
-            if seen is None or seen != self._seen:
+            if fresh is None or fresh != self.R._version:
                 retract_([self.R])
-                self._seen = None if self.R.is_inference() else (self.R.data_ptr(), self.R._version)
-        return self.R
+            return rows_at_manifold(self.R)
+        if self.sharded:
+            return orthonormal_rows(self.R.detach())
+        if torch.compiler.is_compiling():
+            return self.R if can_retract(self.R) else orthonormal_rows(self.R.detach())
+        # After training R was last touched by the optimiser: put it right once, then never again.
+        if self._settled is None or not self._settled.holds(self.R):
+            self._settled = _Settled(self.R)
+        return self._settled.rows
 
-    sharded = False  # FSDP2 holds R in pieces: what a forward writes into the gathered copy would be lost
-    _seen: tuple[int, int] | None = None
+    def train(self, mode: bool = True) -> "LowRankIntervention":
+        self._settled = None  # R may have been written through `.data`, which leaves no trace
+        super().train(mode)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_settled": None, "_fresh": None}  # a copy has memory of its own
 
     def _learns(self) -> bool:
         return torch.is_grad_enabled() and self.R.requires_grad
@@ -74,18 +88,50 @@ class LowRankIntervention(Intervention):
     def _not_identity(self) -> None:
         if self.init_weights:
             warnings.warn(
-                f"{type(self).__name__} with act_fn={self.act_fn!r} has no setting that leaves h as it is, so the "
-                "edit is not zero at step 0: it starts as pyreft does. Pass init_weights=False to say so yourself.",
+                f"{type(self).__name__} with act_fn={self.act_fn!r} has no start that leaves h as it is and learns, so "
+                "the edit is not zero at step 0: it starts as pyreft does. Pass init_weights=False to say so yourself.",
                 UserWarning,
-                stacklevel=5,
+                stacklevel=4,
             )
 
     def _source(self, h: Tensor) -> Tensor:
-        source = nn.functional.linear(h, self.W, self.b)
+        w, b = in_precision_of(h, self.W, self.b)
+        source = nn.functional.linear(h, w, b)
         return source if self._activation is None else self._activation(source)
 
-    W: nn.Parameter
-    b: nn.Parameter | Tensor | None
+
+class _Settled:
+    """The orthonormal rows of an R, good until something is written to it."""
+
+    def __init__(self, parameter: Tensor) -> None:
+        retract_([parameter])
+        self.source = parameter.detach()  # kept, so that its memory cannot become another tensor's
+        self.rows = self.source if can_retract(parameter) else orthonormal_rows(self.source)
+        self.version = None if parameter.is_inference() else parameter._version
+
+    def holds(self, parameter: Tensor) -> bool:
+        if parameter.is_inference() or parameter._version != self.version:
+            return False
+        if self.rows.is_inference() and not torch.is_inference_mode_enabled():
+            return False  # autograd refuses it
+        return parameter.dtype == self.source.dtype and parameter.data_ptr() == self.source.data_ptr()
+
+
+def retract_all(interventions: Iterable[nn.Module]) -> None:
+    """Before a training forward: put every R that learns on orthonormal rows, in one batched QR for all sites.
+
+    The forward that follows takes them as they are. Modules without such an R are passed over; one whose R is a
+    DTensor is marked as sharded and sees to its rows itself.
+    """
+    ready = []
+    for module in interventions:
+        if isinstance(module, LowRankIntervention) and module.orthonormal and module.R.requires_grad:
+            module.sharded = module.sharded or isinstance(module.R, DTensor)
+            if can_retract(module.R) and not module.sharded:
+                ready.append(module)
+    retract_([module.R for module in ready])
+    for module in ready:
+        module._fresh = module.R._version
 
 
 class _Replace(LowRankIntervention):
@@ -102,9 +148,9 @@ class _Replace(LowRankIntervention):
         self._register_bias(b)
 
     def delta(self, h: Tensor, segments: Tensor | None = None) -> Tensor:
-        rows = self.rows()
+        rows, w, b = in_precision_of(h, self.rows(), self.W, self.b)
         if self._activation is None:  # Wh − Rh = (W − R)h, folded once: exactly zero where W = R
-            return nn.functional.linear(h, self.W - rows, self.b) @ rows
+            return nn.functional.linear(h, w - rows, b) @ rows
         return (self._source(h) - nn.functional.linear(h, rows)) @ rows
 
 
@@ -126,15 +172,15 @@ class _Add(LowRankIntervention):
     def reset_parameters(self) -> None:
         self._make_rows()
         w, b = self._linear()
-        if self.init_weights:
+        if self.act_fn in ("sigmoid", "softplus", "relu"):  # f(0) ≠ 0, and relu has no gradient at 0
+            self._not_identity()
+        elif self.init_weights:
             w, b = torch.zeros_like(w), torch.zeros_like(b)
-            if self._activation is not None and float(self._activation(torch.zeros(1, device="cpu"))) != 0.0:
-                self._not_identity()
         self.W = nn.Parameter(w)
         self._register_bias(b)
 
     def delta(self, h: Tensor, segments: Tensor | None = None) -> Tensor:
-        return self._source(h) @ self.rows()
+        return self._source(h) @ self.rows().to(h.dtype)
 
 
 @register_intervention("direft")
@@ -172,8 +218,8 @@ class ConsreftIntervention(_Constant):
     orthonormal = True
 
     def delta(self, h: Tensor, segments: Tensor | None = None) -> Tensor:
-        rows = self.rows()
-        return (self.b - nn.functional.linear(h, rows)) @ rows
+        rows, b = in_precision_of(h, self.rows(), self.b)
+        return (b - nn.functional.linear(h, rows)) @ rows
 
 
 @register_intervention("lobireft")
@@ -183,8 +229,13 @@ class LobireftIntervention(_Constant):
     orthonormal = True
 
     def _start(self) -> Tensor:
-        return torch.zeros(self._shape()[0]) if self.init_weights else super()._start()
+        if not self.init_weights:
+            return super()._start()
+        if self.bias_mode == "frozen":
+            raise ValueError('A frozen b = 0 never edits anything: use bias="learned", or init_weights=False.')
+        return torch.zeros(self._shape()[0])
 
     def delta(self, h: Tensor, segments: Tensor | None = None) -> Tensor:
-        assert self.b is not None
-        return (self.b @ self.rows()).expand_as(h)
+        rows, b = in_precision_of(h, self.rows(), self.b)
+        edit: Tensor = b @ rows
+        return edit.expand_as(h)

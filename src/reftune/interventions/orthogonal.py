@@ -25,9 +25,11 @@ _TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-13}
 def orthonormal_rows(matrix: Tensor) -> Tensor:
     """The nearest-by-QR matrix with orthonormal rows; rows that are orthonormal already come back bit for bit.
 
-    Shapes: (..., r, d) → (..., r, d), r ≤ d. Computed in fp32 (fp64 stays fp64), returned in that precision.
-    Differentiable by torch's own QR backward.
+    Shapes: (..., r, d) → (..., r, d), r ≤ d, else ValueError. Computed in fp32 (fp64 stays fp64), returned in that
+    precision. Differentiable by torch's own QR backward.
     """
+    if matrix.shape[-2] > matrix.shape[-1]:
+        raise ValueError(f"{matrix.shape[-2]} rows of width {matrix.shape[-1]} cannot all be orthogonal: take fewer.")
     wide = matrix if matrix.dtype == torch.float64 else matrix.float()
     with torch.autocast(device_type=wide.device.type, enabled=False):
         q, t = torch.linalg.qr(wide.mT, mode="reduced")
@@ -41,7 +43,8 @@ def orthonormal_rows(matrix: Tensor) -> Tensor:
 def orthonormality_error(rows: Tensor) -> Tensor:
     """max |R Rᵀ − I| of each matrix, (..., r, d) → (...); R is taken in fp32 or wider."""
     wide = rows if rows.dtype == torch.float64 else rows.float()
-    gram = wide @ wide.mT
+    with torch.autocast(device_type=wide.device.type, enabled=False):
+        gram = wide @ wide.mT
     return (gram - torch.eye(rows.shape[-2], dtype=gram.dtype, device=gram.device)).abs().amax(dim=(-2, -1))
 
 

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .base import Intervention, register_intervention
+from .base import Intervention, in_precision_of, register_intervention
 from .lowrank import LowRankIntervention
 
 
@@ -16,7 +16,6 @@ class RedIntervention(Intervention):
 
     has_rank = False
     s: nn.Parameter
-    b: nn.Parameter | Tensor | None
 
     def reset_parameters(self) -> None:
         if self._activation is not None:
@@ -25,8 +24,9 @@ class RedIntervention(Intervention):
         self._register_bias(torch.zeros(self.embed_dim))
 
     def delta(self, h: Tensor, segments: Tensor | None = None) -> Tensor:
-        edit = (self.s - 1) * h
-        return edit if self.b is None else edit + self.b
+        s, b = in_precision_of(h, self.s, self.b)
+        edit: Tensor = (s - 1) * h
+        return edit if b is None else edit + b
 
 
 @register_intervention("reft_r1")
@@ -39,8 +39,10 @@ class ReftR1Intervention(LowRankIntervention):
     the edit is quadratic in w, so w = 0 would never learn. d numbers; the rank is 1.
     """
 
+    has_rank = False
     orthonormal = True
     couples_positions = True
+    setting_names = ("topk",)
 
     def reset_parameters(self) -> None:
         self.topk = int(self.settings.get("topk", 8))
@@ -52,12 +54,13 @@ class ReftR1Intervention(LowRankIntervention):
         self._make_rows()
 
     def delta(self, h: Tensor, segments: Tensor | None = None) -> Tensor:
-        rows = self.rows()
+        rows = self.rows().to(h.dtype)
         latent = torch.relu(nn.functional.linear(h, rows)).squeeze(-1)
         if segments is None:  # h (..., n, d): the tokens of one prompt lie along the second last dimension
-            strength = latent.topk(min(self.topk, latent.shape[-1]), dim=-1).values.mean(-1, keepdim=True)
-            return (strength.expand_as(latent)).unsqueeze(-1) * rows
-        return _topk_mean(latent, segments, self.topk).unsqueeze(-1) * rows
+            tokens = latent if latent.dim() else latent.unsqueeze(0)  # h (d,): a prompt of one token
+            strength = tokens.topk(min(self.topk, tokens.shape[-1]), dim=-1).values.mean(-1, keepdim=True)
+            return strength.expand_as(tokens).reshape(latent.shape).unsqueeze(-1) * rows.view(-1)
+        return _topk_mean(latent, segments, self.topk).unsqueeze(-1) * rows.view(-1)
 
 
 def _topk_mean(latent: Tensor, segments: Tensor, k: int) -> Tensor:
@@ -93,4 +96,5 @@ class PostBlockIntervention(Intervention):
         self.W_up = nn.Parameter(up)
 
     def delta(self, h: Tensor, segments: Tensor | None = None) -> Tensor:
-        return nn.functional.silu(nn.functional.linear(h, self.W_down)) @ self.W_up
+        down, up = in_precision_of(h, self.W_down, self.W_up)
+        return nn.functional.silu(nn.functional.linear(h, down)) @ up

@@ -15,6 +15,7 @@ from typing import Literal
 Name = Literal["f", "l", "mid", "prompt", "all", "gen", "gen:", "gen/"]
 
 _COUNTED = re.compile(r"(f|l|mid|gen:|gen/)(\d+)")
+_MOST = 2**31 - 1
 _PLAIN = ("prompt", "all", "gen")
 _HELP = "Terms are f2, l2, mid1, prompt, all, gen, gen:32 and gen/64 (with numbers of your own), joined by '+'."
 
@@ -46,6 +47,8 @@ def parse(expression: str) -> tuple[Term, ...]:
             term = Term(counted[1], int(counted[2]))  # type: ignore[arg-type]
             if term.number == 0:
                 raise ValueError(f"'{part}' in positions={expression!r} names no token: the number must be at least 1.")
+            if term.number > _MOST:
+                raise ValueError(f"'{part}' in positions={expression!r} is too long: the number is at most {_MOST}.")
         elif part in _PLAIN:
             term = Term(part)  # type: ignore[arg-type]
         else:

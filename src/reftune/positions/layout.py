@@ -49,10 +49,7 @@ def layout(real: Tensor, response: Tensor | None = None, starts: Tensor | None =
         segment = torch.unique(segment, return_inverse=True)[1]
     count = int(segment.max()) + 1 if starts is not None and segment.numel() else batch
 
-    if response is None:
-        answer = torch.zeros_like(real)
-    else:
-        answer = _rank(response & real, segment, count) >= 0
+    answer = torch.zeros_like(real) if response is None else _rank(response & real, segment, count) >= 0
     prompt = real & ~answer
     index = torch.where(prompt, _rank(prompt, segment, count), -1)
     generated = torch.where(real & answer, _rank(real & answer, segment, count), -1)

@@ -7,6 +7,8 @@ A key is named by its section and name, `train.lr`; flags may leave the section 
 and `recipe_file` for reading and writing.
 """
 
+# ruff: noqa: RUF009  (`_key` is dataclasses.field with a help text)
+
 from dataclasses import dataclass, field
 from typing import Any, Literal
 

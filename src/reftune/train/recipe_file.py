@@ -27,7 +27,8 @@ class RecipeError(ValueError):
 def load_recipe(path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """The recipe in a YAML file (the defaults without one), with overrides by `section.key` or by `key` alone.
 
-    Override values that are text are read as YAML first, so that `"1e-3"`, `"null"` and `"[3, 9]"` mean what they say.
+    Override values that are text are read as YAML where that fits, so that `"1e-3"`, `"null"` and `"[3, 9]"` mean what
+    they say.
     """
     content: Any = {}
     if path is not None:
@@ -38,7 +39,7 @@ def load_recipe(path: str | Path | None = None, overrides: Mapping[str, Any] | N
         if part is None:
             part = content[section] = {}
         if isinstance(part, dict):
-            part[key] = _from_text(value) if isinstance(value, str) else value
+            part[key] = _from_text(value, section, key) if isinstance(value, str) else value
     return from_dict(Recipe, content)
 
 
@@ -90,7 +91,8 @@ def from_dict(cls: type[T], content: Any, where: str = "") -> T:
         if key not in hints:
             raise RecipeError(f"Unknown key {name!r}.{_nearest(str(key), where)}")
         hint = hints[key]
-        values[key] = from_dict(hint, value, name) if dataclasses.is_dataclass(hint) else _typed(value, hint, name)
+        nested = isinstance(hint, type) and dataclasses.is_dataclass(hint)
+        values[key] = from_dict(hint, value, name) if nested else _typed(value, hint, name)
     return cls(**values)
 
 
@@ -174,12 +176,20 @@ def _words(options: Iterable[Any]) -> str:
     return " or ".join(words)
 
 
-def _from_text(text: str) -> Any:
+def _from_text(text: str, section: str, key: str) -> Any:
+    """A flag's text as YAML reads it where that fits the key, as a list of numbers (3,9,18), or as it stands."""
     yaml = _yaml()
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
+    hint = typing.get_type_hints(typing.get_type_hints(Recipe)[section])[key]
+    forms = [text, f"[{text}]"] if "," in text else [text]
+    for form in forms:
+        try:
+            value = yaml.safe_load(form)
+            if isinstance(value, str) and form is not forms[-1]:
+                continue  # "3,9,18" is text to YAML
+            return _typed(value, hint, key)
+        except (yaml.YAMLError, RecipeError):
+            continue
+    return text
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Writes into `output_dir`: the adapter, `recipe.yaml` (the recipe as it was resol
 """
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ def train(
 
     from reftune import get_reft_model
 
-    say = say or _printer()
+    say = say or printer()
     output_dir = Path(recipe.train.output_dir)
     checkpoint = _checkpoint(recipe, output_dir, say)
     if recipe.data.train is None:
@@ -63,7 +64,7 @@ def train(
 
     set_seed(recipe.train.seed)
     model = get_reft_model(base, config)
-    say(model.trainable_parameters())
+    say(str(model.trainable_parameters()))
     say(first_step_table(model, tokenizer, rows.rows[0]))
     arguments = training_arguments(recipe)
     trainer = Trainer(
@@ -76,9 +77,11 @@ def train(
     )
     _quiet(trainer)
     save_recipe(recipe, output_dir / "recipe.yaml")
-    with _no_cache(base):
+    with _no_cache(base), warnings.catch_warnings():
+        # PEFT looks on the hub for a base whose name is a file or the bundled one; nothing is lost when it is not there
+        warnings.filterwarnings("ignore", message="Could not find a config file in", category=UserWarning)
         outcome = trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model(str(output_dir))
+        trainer.save_model(str(output_dir))
     size = sum(path.stat().st_size for path in output_dir.glob("adapter_model.*"))
     model.eval()
     return TrainResult(output_dir, size, outcome.training_loss, model, tokenizer, template)
@@ -112,7 +115,6 @@ def training_arguments(recipe: Recipe) -> Any:
         label_smoothing_factor=t.label_smoothing,
         seed=t.seed,
         bf16=t.bf16,
-        gradient_checkpointing=t.gradient_checkpointing,
         logging_steps=t.logging_steps,
         logging_first_step=True,
         save_strategy=t.save,
@@ -124,7 +126,17 @@ def training_arguments(recipe: Recipe) -> Any:
         remove_unused_columns=False,  # the rows have nothing else, and the collator adds prompt_mask
         report_to="none",
         dataloader_pin_memory=False,
+        **_checkpointing(t.gradient_checkpointing),
     )
+
+
+def _checkpointing(wanted: bool) -> dict[str, Any]:
+    """Gradient checkpointing under the name that this transformers has for it; it was renamed during 5.x."""
+    from transformers import TrainingArguments
+
+    names = {field.name for field in dataclasses.fields(TrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+    return {name: True} if wanted else {}
 
 
 def size_words(size: int) -> str:
@@ -144,8 +156,10 @@ def _rows(recipe: Recipe, template: PromptTemplate, source: str, split: str) -> 
 
 
 def _counted(rows: TokenizedRows, source: str) -> str:
-    extra = [f"{rows.truncated} responses cut" if rows.truncated else "", f"{rows.skipped} left out" if rows.skipped else ""]
-    return ", ".join([f"{len(rows.rows)} examples from {source}", *filter(None, extra)])
+    words = [f"{len(rows.rows)} examples from {source}"]
+    words += [f"{rows.truncated} responses cut"] if rows.truncated else []
+    words += [f"{rows.skipped} left out"] if rows.skipped else []
+    return ", ".join(words)
 
 
 def _checkpoint(recipe: Recipe, output_dir: Path, say: Callable[[Any], None]) -> str | None:
@@ -166,10 +180,12 @@ def _checkpoint(recipe: Recipe, output_dir: Path, say: Callable[[Any], None]) ->
     return None
 
 
-def _printer() -> Callable[[Any], None]:
+def printer() -> Callable[[Any], None]:
+    """Prints text as it is, unwrapped, and rich's renderables."""
     from rich.console import Console
 
-    return Console().print
+    console = Console()
+    return lambda what: console.print(what, soft_wrap=isinstance(what, str), markup=False, highlight=False)
 
 
 def _quiet(trainer: Any) -> None:

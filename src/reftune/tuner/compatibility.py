@@ -70,13 +70,14 @@ def _text(config: Any) -> Any:
 
 
 def with_orthonormal_rows(model: nn.Module, adapter_name: str, state: dict[str, Any]) -> dict[str, Any]:
-    """The state dict with every R on orthonormal rows: the optimiser touched them after the last forward."""
+    """The state dict to save: gathered where it is sharded (by all processes together), and every R on orthonormal
+    rows, because the optimiser touched them after the last forward."""
+    state = {key: value.full_tensor() if isinstance(value, DTensor) else value for key, value in state.items()}
     for name, layer in _layers(model):
         for attribute, intervention in _of(layer, adapter_name):
             key = f"{name}.{attribute}.{adapter_name}.R"
             if isinstance(intervention, LowRankIntervention) and intervention.orthonormal and key in state:
                 rows = state[key].detach()
-                rows = rows.full_tensor() if isinstance(rows, DTensor) else rows
                 if rows.dtype in (torch.float32, torch.float64):  # a narrower one is put right when it is used
                     state[key] = orthonormal_rows(rows)
     return state

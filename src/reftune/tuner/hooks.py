@@ -1,14 +1,14 @@
 """How a layer is attached to the module it edits, so that the edit is right under gradient checkpointing too.
 
 transformers ≥ 5.22 checkpoints a block's `forward`: hooks on the block stay outside and run once. Before, `__call__`
-was checkpointed: hooks would run inside the recomputation, after the pass has ended, and with `use_reentrant=True`
-their gradients would go missing; there the block's class is swapped for one whose `__call__` edits around it.
-A site inside a block is recomputed in either case: the pass it belongs to is handed to the recomputation.
+was checkpointed, hooks and all; there the block's class is swapped for one whose `forward` edits (the oldest versions
+record hidden states around `forward`, so a hook would come too late) and whose `__call__` prepares the recomputation.
+Whatever is recomputed, there or inside a block, is handed the pass it belongs to.
 
 Hooks are functions of the module alone: a copy or a replica of the model finds its own layer, never the original's.
 """
 
-from functools import partial
+import functools
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .session import ATTRIBUTE, Session
+from .training import check_training
 
 CHECKPOINTS_CALL = "__call__" in GradientCheckpointingLayer.__dict__
 CHILD = {"output": "edit_output", "input": "edit_input"}
@@ -24,8 +25,11 @@ CHILD = {"output": "edit_output", "input": "edit_input"}
 def attach(module: nn.Module, where: str) -> None:
     """Edit what goes into or comes out of the module by its child `edit_input` / `edit_output`."""
     if CHECKPOINTS_CALL and isinstance(module, GradientCheckpointingLayer):
+        module.__dict__[ATTRIBUTE] = getattr(module, CHILD[where]).session
         _swap_class(module)
-    elif where == "output":
+        if "forward" not in module.__dict__:  # accelerate has not put its own before the class's
+            return
+    if where == "output":
         _handles(module)["output"] = module.register_forward_hook(_edit_output)
     else:
         _handles(module)["input"] = module.register_forward_pre_hook(_edit_input, with_kwargs=True)
@@ -87,13 +91,7 @@ def _edit_input(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 
 def _open_top(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     session: Session = module.__dict__[ATTRIBUTE]
-    direct = session.needs_wrapper and session.editing and not session.state.wrapped
-    if direct and module.training and torch.is_grad_enabled():
-        raise RuntimeError(
-            f"This {type(module).__name__} is the base model: it carries a ReFT adapter, and training it directly "
-            "would save the whole model instead of the adapter. Pass the PeftModel that get_reft_model (or "
-            "get_peft_model) returned to the trainer."
-        )
+    check_training(module, session, kwargs)
     return args, session.open(module, args, kwargs, top=True)
 
 
@@ -133,7 +131,7 @@ def _before_checkpoint(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any
         module._gradient_checkpointing_func = _CarriesPass(function, module.__dict__[ATTRIBUTE])
     else:
         function = function.function
-    if isinstance(function, partial) and function.keywords.get("use_reentrant") is False:
+    if isinstance(function, functools.partial) and function.keywords.get("use_reentrant") is False:
         return None
     # A reentrant checkpoint none of whose inputs needs a gradient gives its parameters none, without a word.
     if args and isinstance(args[0], Tensor) and torch.is_grad_enabled() and not args[0].requires_grad:
@@ -142,21 +140,34 @@ def _before_checkpoint(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def _swap_class(module: nn.Module) -> None:
-    cls = type(module)
-    if getattr(cls, "_reft_swapped", False):
-        return
+    cls: Any = type(module)
+    if not getattr(cls, "_reft_swapped", False):
+        module.__class__ = _swapped(cls)
+
+
+@functools.cache
+def _swapped(cls: Any) -> type:
+    @functools.wraps(cls.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        hooks = self.__dict__.get("_reft_handles", ())
+        if hasattr(self, "edit_input") and "input" not in hooks:
+            args, kwargs = _edit_input(self, args, kwargs)
+        output = cls.forward(self, *args, **kwargs)
+        return _edit_output(self, args, output) if hasattr(self, "edit_output") and "output" not in hooks else output
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if ATTRIBUTE in self.__dict__:
-            args, kwargs = _before_checkpoint(self, args, kwargs) or (args, kwargs)
-        if hasattr(self, "edit_input"):
-            args, kwargs = _edit_input(self, args, kwargs)
-        output = cls.__call__(self, *args, **kwargs)
-        return _edit_output(self, args, output) if hasattr(self, "edit_output") else output
+        args, kwargs = _before_checkpoint(self, args, kwargs) or (args, kwargs)
+        return cls.__call__(self, *args, **kwargs)
+
+    def reduce(self: Any, protocol: Any) -> Any:  # pickle cannot find this class by its name
+        return (_restore, (cls,), *cls.__reduce_ex__(self, protocol)[2:])
 
     # Output recorders and FSDP go by the class's name: the swapped one keeps it.
-    module.__class__ = type(
-        cls.__name__,
-        (cls,),
-        {"__call__": call, "_reft_swapped": True, "__module__": cls.__module__, "__qualname__": cls.__qualname__},
-    )
+    own = {"forward": forward, "__call__": call, "__reduce_ex__": reduce, "_reft_swapped": True}
+    return type(cls.__name__, (cls,), {**own, "__module__": cls.__module__, "__qualname__": cls.__qualname__})
+
+
+def _restore(cls: Any) -> Any:
+    module = cls.__new__(cls)
+    _swap_class(module)
+    return module

@@ -1,0 +1,72 @@
+"""Which columns are found, and what is said when none are."""
+
+import pytest
+
+from reftune.data import Example, find_columns
+
+USER = [{"role": "user", "content": "2+2?"}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "2+2?", "completion": "4"},
+        {"prompt": USER, "completion": [{"role": "assistant", "content": "4"}]},
+        {"prompt": USER, "completion": "4"},
+        {"messages": [*USER, {"role": "assistant", "content": "4"}], "id": 3},
+        {"instruction": "2+2?", "input": "", "output": "4"},
+        {"instruction": "2+2?", "output": "4"},
+        {"instruction": "2+2?", "input": None, "output": "4"},
+    ],
+)
+def test_every_layout_gives_the_same_example(row: dict) -> None:
+    assert find_columns(row)(row) == Example(USER, "4")
+
+
+def test_alpaca_input_follows_the_instruction() -> None:
+    row = {"instruction": "Add.", "input": "2 2", "output": "4"}
+    assert find_columns(row)(row).messages[0]["content"] == "Add.\n2 2"
+
+
+def test_only_the_last_turn_of_a_chat_is_learned() -> None:
+    turns = [*USER, {"role": "assistant", "content": "4"}, *USER, {"role": "assistant", "content": "four"}]
+    assert find_columns(["messages"])({"messages": turns}) == Example(turns[:3], "four")
+
+
+def test_columns_can_be_renamed() -> None:
+    row = {"question": "2+2?", "answer": "4", "prompt": "not this"}
+    assert find_columns(row, {"prompt": "question", "completion": "answer"})(row) == Example(USER, "4")
+
+
+def test_unknown_columns_are_named_beside_the_accepted_ones() -> None:
+    with pytest.raises(ValueError, match=r"columns question, answer.*messages; prompt \+ completion; instruction"):
+        find_columns(["question", "answer"])
+
+
+@pytest.mark.parametrize(
+    ("names", "rename", "says"),
+    [
+        (["q", "a"], {"prompt": "question"}, "'question', but the data has q, a"),
+        (["q", "a"], {"promt": "q"}, "not to 'promt'"),
+    ],
+)
+def test_a_wrong_rename_is_an_error(names: list[str], rename: dict[str, str], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        find_columns(names, rename)
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"messages": USER}, "last of the messages must be the assistant's"),
+        ({"messages": []}, "nothing's"),
+        ({"messages": [{"role": "assistant", "content": "4"}]}, "a prompt is needed"),
+        ({"messages": "hello"}, "Messages are a list"),
+        ({"messages": [{"role": "user", "text": "x"}]}, "a role and a content"),
+        ({"prompt": None, "completion": "4"}, "Messages are a list"),
+        ({"instruction": 3, "output": "4"}, "instruction must hold text"),
+    ],
+)
+def test_a_bad_row_is_an_error(row: dict, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        find_columns(row)(row)

@@ -1,0 +1,60 @@
+"""Files of every kind are read; what cannot be read is said."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from reftune.data import read_examples
+
+ROWS = [{"prompt": "1+1", "completion": "2"}, {"prompt": "2+2", "completion": "4"}]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
+
+
+def _write(path: Path) -> Path:
+    import pandas
+
+    text = "".join(json.dumps(row) + "\n" for row in ROWS)
+    if path.name.endswith(".jsonl"):
+        path.write_text(text)
+    elif path.name.endswith(".jsonl.gz"):
+        path.write_bytes(gzip.compress(text.encode()))
+    elif path.name.endswith(".parquet"):
+        pandas.DataFrame(ROWS).to_parquet(path)
+    else:
+        pandas.DataFrame(ROWS).to_csv(path, index=False, sep="\t" if path.suffix == ".tsv" else ",")
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet", "a.csv", "a.tsv"])
+def test_a_file_of_each_kind(tmp_path: Path, name: str) -> None:
+    rows = read_examples(str(_write(tmp_path / name)))
+    assert rows.column_names == ["prompt", "completion"]
+    assert [row["completion"] for row in rows] == ["2", "4"]
+    assert len(read_examples(str(tmp_path / name), limit=1)) == 1
+
+
+def test_the_demo_examples_come_with_the_package() -> None:
+    rows = read_examples("reftune:emoji")
+    assert len(rows) == 10
+    with pytest.raises(FileNotFoundError, match="Known: reftune:emoji"):
+        read_examples("reftune:nothing")
+
+
+def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no file"):
+        read_examples(str(tmp_path / "none.jsonl"))
+    (tmp_path / "a.txt").write_text("hello")
+    with pytest.raises(ValueError, match="no kind that reftune reads"):
+        read_examples(str(tmp_path / "a.txt"))
+    (tmp_path / "bad.jsonl").write_text('{"prompt": \n nonsense')
+    with pytest.raises(ValueError, match="could not be read as json"):
+        read_examples(str(tmp_path / "bad.jsonl"))
+    (tmp_path / "empty.csv").write_text("prompt,completion\n")
+    with pytest.raises(ValueError, match="has no rows"):
+        read_examples(str(tmp_path / "empty.csv"))

@@ -1,0 +1,169 @@
+"""What orthonormal rows cost: one stacked QR a training forward, none at inference; and what is never written to."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hard_training import KINDS, OPTIMIZERS, build, edit_space, train
+from torch import Tensor
+
+import reftune.interventions.orthogonal as orthogonal
+from reftune.interventions import LoreftIntervention, NoreftIntervention, orthonormality_error, retract_, retract_all
+
+
+class QRCounter:
+    """Counts calls of torch.linalg.qr, and the matrices in them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.shapes: list[tuple[int, ...]] = []
+        real = torch.linalg.qr
+
+        def counted(matrix: Tensor, *args: object, **kwargs: object) -> object:
+            self.shapes.append(tuple(matrix.shape))
+            return real(matrix, *args, **kwargs)
+
+        monkeypatch.setattr(torch.linalg, "qr", counted)
+
+    def since(self) -> list[tuple[int, ...]]:
+        seen, self.shapes = self.shapes, []
+        return seen
+
+
+@pytest.fixture
+def qr(monkeypatch: pytest.MonkeyPatch) -> QRCounter:
+    return QRCounter(monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_qr_at_inference_after_the_first_forward(
+    kind: str, mode: Callable, dtype: torch.dtype, qr: QRCounter
+) -> None:
+    module = build(kind)
+    train(module, OPTIMIZERS["adamw"](list(module.parameters())), 2)
+    module.to(dtype).eval()
+    h = torch.randn(3, 24)
+    with mode():
+        first = module(h)
+        assert len(qr.since()) > 0
+        assert torch.equal(module(h), first)
+        assert torch.equal(module(h), first)
+    assert qr.since() == []
+
+
+def test_a_loaded_adapter_costs_no_qr_on_the_cpu(qr: QRCounter) -> None:
+    source = build("loreft")
+    module = build("loreft")
+    module.load_state_dict(source.state_dict())
+    qr.since()
+    with torch.no_grad():
+        module.eval()(torch.randn(3, 24))
+    assert qr.since() == []
+    assert torch.equal(module.R, source.R)  # nor does it change R by a bit
+
+
+@pytest.mark.parametrize("check", ["check on the CPU", "no check, as on a GPU"])
+def test_one_stacked_qr_for_all_sites_in_training(check: str, qr: QRCounter, monkeypatch: pytest.MonkeyPatch) -> None:
+    if check != "check on the CPU":
+        monkeypatch.setattr(orthogonal, "_is_orthonormal", lambda rows: torch.zeros(*rows.shape[:-2], 1, 1).bool())
+    modules = torch.nn.ModuleList([build("loreft") for _ in range(6)] + [build("noreft"), build("red")])
+    optimizer = OPTIMIZERS["adamw"](list(modules.parameters()))
+    for step in range(4):
+        qr.since()
+        retract_all(modules)
+        h = torch.randn(5, 24)
+        for module in modules:
+            h = module(h)
+        on_manifold = step == 0 and check == "check on the CPU"
+        assert qr.since() == ([] if on_manifold else [(6, 24, 4)])
+        optimizer.zero_grad()
+        h.pow(2).sum().backward()
+        assert qr.since() == []  # and no QR backward
+        optimizer.step()
+
+
+def test_two_forwards_before_one_backward_where_r_is_rewritten_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where nothing asks whether R needs it; the first forward's graph must not notice."""
+    module = build("loreft")
+    h = torch.randn(2, 5, 24)
+    (module(h[0]).pow(2).sum() + module(h[1]).pow(2).sum()).backward()
+    expected = module.R.grad
+    module.zero_grad()
+    monkeypatch.setattr(orthogonal, "_is_orthonormal", lambda rows: torch.zeros(*rows.shape[:-2], 1, 1).bool())
+    (module(h[0]).pow(2).sum() + module(h[1]).pow(2).sum()).backward()
+    torch.testing.assert_close(module.R.grad, expected)
+
+
+def test_one_qr_for_each_shape(qr: QRCounter) -> None:
+    modules = [build(d=24), build(d=24), build(d=16), build(d=16, r=2), build(d=16).double()]
+    for module in modules:
+        module.R.data.mul_(2.0)
+    qr.since()
+    retract_(module.R for module in modules)
+    assert sorted(qr.since()) == [(1, 16, 2), (1, 16, 4), (1, 16, 4), (2, 24, 4)]
+    assert all(orthonormality_error(module.R) < 1e-5 for module in modules)
+
+
+def test_a_forward_after_retract_all_still_sees_what_was_written_since() -> None:
+    module = build("loreft")
+    retract_all([module])
+    with torch.no_grad():
+        module.R.mul_(2.0)
+    assert orthonormality_error(edit_space(module)) < 1e-5
+    retract_all([module])
+    module(torch.randn(2, 24)).sum().backward()
+    module.R.data.mul_(2.0)  # no trace, but one forward is what retract_all vouches for
+    assert orthonormality_error(edit_space(module)) < 1e-5
+
+
+def test_retraction_works_under_autocast_too(qr: QRCounter) -> None:
+    module = build("loreft")
+    qr.since()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        retract_([module.R])
+        assert qr.since() == []  # orthonormal already: bf16 must not blur the check
+        module.R.data.mul_(0.9995)
+        retract_([module.R])
+    assert orthonormality_error(module.R) < 2e-6
+
+
+def test_retraction_passes_over_what_it_must_not_write() -> None:
+    meta = torch.nn.Parameter(torch.empty(2, 8, device="meta"))
+    narrow = torch.nn.Parameter(torch.randn(2, 8).bfloat16())
+    kept = narrow.detach().clone()
+    retract_([meta, narrow])
+    assert torch.equal(narrow, kept)
+    retract_([])
+
+
+def test_a_module_made_on_meta_and_materialised_later() -> None:
+    module = LoreftIntervention(24, 4, device="meta")
+    module.to_empty(device="cpu")
+    module.load_state_dict(LoreftIntervention(24, 4).state_dict())
+    h = torch.randn(3, 24)
+    assert torch.equal(module(h), h)
+
+
+def test_sharded_rows_are_not_written_and_not_remembered() -> None:
+    """FSDP2 gathers R into the same memory every time, and throws away what is written there."""
+    module = build("loreft")
+    module.sharded = True
+    with torch.no_grad():
+        module.R.mul_(2.0)
+        kept = module.R.clone()
+        for _ in range(2):
+            module.eval()(torch.randn(3, 24))
+            assert orthonormality_error(module.rows()) < 1e-5
+    assert orthonormality_error(edit_space(module.train())) < 1e-5
+    assert torch.equal(module.R, kept)
+
+
+def test_unconstrained_rows_are_left_alone() -> None:
+    module = NoreftIntervention(24, 4)
+    with torch.no_grad():
+        module.R.mul_(7.0)
+    kept = module.R.detach().clone()
+    module(torch.randn(3, 24))
+    module.eval()(torch.randn(3, 24))
+    assert torch.equal(module.R, kept)

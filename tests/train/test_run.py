@@ -1,0 +1,108 @@
+"""`train`: an adapter from a recipe, resumed exactly, with what was done written beside it."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.tiny_chat import save_tiny
+
+from reftune.models import load_adapted
+from reftune.train import RecipeError, load_recipe, train
+from reftune.train.progress import runs
+from reftune.train.run import last_line, size_words
+
+
+@pytest.fixture
+def keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
+    rows = [{"prompt": f"{i}+{i}", "completion": str(2 * i)} for i in range(6)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "model.name": str(save_tiny(tmp_path / "base")),
+        "data.train": str(tmp_path / "data.jsonl"),
+        "output_dir": str(tmp_path / "out"),
+        "r": 2,
+        "positions": "l2",
+        "batch_size": 2,
+        "epochs": 2.0,
+        "lr": 1e-2,
+    }
+
+
+def _weights(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "adapter_model.safetensors")
+
+
+def test_train_leaves_an_adapter_a_recipe_and_nothing_of_the_base(keys: dict[str, Any], tmp_path: Path) -> None:
+    said: list[Any] = []
+    result = train(load_recipe(None, keys), say=said.append)
+    assert result.output_dir == tmp_path / "out"
+    assert result.size == (tmp_path / "out" / "adapter_model.safetensors").stat().st_size < 10_000
+    assert load_recipe(tmp_path / "out" / "recipe.yaml") == load_recipe(None, keys)
+    model, _ = load_adapted(str(tmp_path / "out"))
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(model(input_ids=ids).logits, result.model(input_ids=ids).logits)
+    with result.model.disable_adapter():
+        assert not torch.equal(model(input_ids=ids).logits, result.model(input_ids=ids).logits)
+    assert "6 examples" in said[0]
+    assert not list((tmp_path / "out").glob("tokenizer*"))
+    assert re.search(r"in \S*out \([\d.]+ kB\).*reftune chat --adapter \S*out$", last_line(result))
+
+
+def test_the_first_step_shows_which_tokens_are_edited(keys: dict[str, Any], capsys: Any) -> None:
+    train(load_recipe(None, keys | {"layers": "all", "max_steps": 1, "template": "plain"}))
+    shown = capsys.readouterr().out
+    assert "0[+][0] ▸ 0" in shown
+    assert "l2: 2 of 5 tokens, layers 0-1" in shown
+    assert "step 1/1  loss" in shown
+
+
+def test_a_resumed_run_ends_as_the_uninterrupted_one(keys: dict[str, Any], tmp_path: Path) -> None:
+    keys |= {"save": "steps", "save_steps": 2, "dropout": 0.1, "max_steps": 6}
+    train(load_recipe(None, keys), say=lambda _: None)
+    whole = _weights(tmp_path / "out")
+
+    again = load_recipe(None, keys | {"output_dir": str(tmp_path / "cut"), "save_total_limit": None})
+    train(again, say=lambda _: None)
+    (tmp_path / "cut" / "checkpoint-6").rename(tmp_path / "gone")
+    said: list[Any] = []
+    train(load_recipe(tmp_path / "cut" / "recipe.yaml", {"resume": True}), say=said.append)
+    assert "checkpoint-4" in said[0]
+    for name, tensor in _weights(tmp_path / "cut").items():
+        assert torch.equal(tensor, whole[name]), name
+    sizes = [path.stat().st_size for path in (tmp_path / "out" / "checkpoint-6").iterdir()]
+    assert sum(sizes) < 60_000  # no base
+
+
+def test_a_new_run_does_not_mix_with_an_older_ones_checkpoints(keys: dict[str, Any]) -> None:
+    keys |= {"save": "epoch", "epochs": 1.0}
+    train(load_recipe(None, keys), say=lambda _: None)
+    with pytest.raises(RecipeError, match="holds checkpoints of an earlier run"):
+        train(load_recipe(None, keys), say=lambda _: None)
+    with pytest.raises(RecipeError, match="set one of them"):
+        train(load_recipe(None, keys | {"resume": True, "overwrite": True}), say=lambda _: None)
+    train(load_recipe(None, keys | {"overwrite": True}), say=lambda _: None)
+
+
+def test_evaluation_follows_the_recipe(keys: dict[str, Any]) -> None:
+    keys |= {"data.eval": keys["data.train"], "epochs": 1.0}
+    result = train(load_recipe(None, keys), say=lambda _: None)
+    assert result.loss > 0
+
+
+def test_no_data_is_said_before_a_model_is_loaded(keys: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match="names no data"):
+        train(load_recipe(None, keys | {"data.train": None, "model.name": "nowhere"}), say=lambda _: None)
+    with pytest.raises(ValueError, match="no position"):
+        train(load_recipe(None, keys | {"positions": "first2", "model.name": "nowhere"}), say=lambda _: None)
+
+
+def test_words_for_people() -> None:
+    assert size_words(19_400) == "19.4 kB"
+    assert size_words(2_500_000) == "2.5 MB"
+    assert runs([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
+    assert runs([3]) == "3"
