@@ -56,7 +56,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=30)
     arguments = parser.parse_args()
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}, {arguments.steps} steps")
+    threads = torch.get_num_threads()
+    print(f"torch {torch.__version__}, {threads} threads, {platform.machine()}, {arguments.steps} steps")
     print("\n| | " + " | ".join(ways := ["unconstrained", "reftune", "qr in the graph"]) + " |")
     print("|---|" + "---|" * len(ways))
     for d, r in ((576, 4), (576, 8), (4096, 4), (4096, 8)):

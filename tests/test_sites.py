@@ -32,7 +32,7 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from reftune.sites import Site, find_blocks, find_sites, select_layers
+from reftune.sites import Site, find_blocks, find_sites, number_ranges, select_layers
 
 _LLAMA = {
     "hidden_size": 16,
@@ -41,6 +41,12 @@ _LLAMA = {
     "num_key_value_heads": 2,
     "vocab_size": 31,
 }
+
+
+def test_layer_numbers_for_people() -> None:
+    assert number_ranges([5, 0, 1, 2, 8, 7, 7]) == "0-2, 5, 7-8"
+    assert number_ranges([3]) == "3"
+    assert number_ranges([]) == ""
 
 
 def llama(layers: int = 3) -> LlamaForCausalLM:

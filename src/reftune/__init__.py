@@ -1,6 +1,11 @@
 """Representation finetuning (ReFT): adapt a frozen Hugging Face model by editing a few hidden states."""
 
 from .api import get_reft_model as get_reft_model
+from .checkpoint import describe as describe
+from .checkpoint import install as _install
+from .checkpoint import load_pyreft as load_pyreft
+from .explaining import Explanation as Explanation
+from .explaining import explain as explain
 from .interventions import ConsreftIntervention as ConsreftIntervention
 from .interventions import DireftIntervention as DireftIntervention
 from .interventions import Intervention as Intervention
@@ -12,7 +17,10 @@ from .interventions import PostBlockIntervention as PostBlockIntervention
 from .interventions import RedIntervention as RedIntervention
 from .interventions import ReftR1Intervention as ReftR1Intervention
 from .interventions import register_intervention as register_intervention
+from .models import load_adapted as load_adapted
+from .models import load_model as load_model
 from .tuner import ReftConfig as ReftConfig
 from .tuner import ReftModel as ReftModel
 
 __version__ = "0.1.0"
+_install()  # PeftModel.save_pretrained of a ReFT adapter becomes atomic, with our card

@@ -1,9 +1,12 @@
-"""See it: `print(reftune.explain(model, tokenizer, "text"))` shows which tokens an adapter edits, and at which layers."""
+"""See it: `print(reftune.explain(model, tokenizer, "text"))` shows which tokens are edited, and at which layers."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
+from .sites import number_ranges
 from .tuner.explain import Edit, explain_tokens
+
+CONTINUES = "\u22ef"  # stands for a token that continues the character of the one before it, as in emoji
 
 
 @dataclass(frozen=True)
@@ -19,13 +22,16 @@ class Explanation:
         return tuple(edit for edit in self.edits if column in edit.columns)
 
     def where(self, column: int) -> str:
-        """The edits of one token in short, such as "f2 · layers 10, 15"."""
-        layers: dict[str, list[str]] = {}
+        """The edits of one token in short, such as "f2 · layers 10, 15" or "l1 · layer 3 mlp.output"."""
+        layers: dict[tuple[str, str], list[int]] = {}
         for edit in self.at(column):
-            layers.setdefault(edit.group, []).append(edit.site if edit.layer is None else str(edit.layer))
-        return ", ".join(
-            f"{group} · layer{'s' if len(found) > 1 else ''} {_ranges(found)}" for group, found in layers.items()
-        )
+            path = edit.site if edit.layer is None else edit.site.split(f".{edit.layer}.", 1)[1]
+            layers.setdefault((edit.group, path), []).extend([] if edit.layer is None else [edit.layer])
+        parts = []
+        for (group, path), found in layers.items():
+            numbers = f"layer{'s' * (len(found) > 1)} {number_ranges(found)}" if found else ""
+            parts.append(f"{group} · {numbers} {'' if numbers and path == 'output' else path}".strip())
+        return ", ".join(parts)
 
     def __str__(self) -> str:
         width = max((len(token) for token in self.tokens), default=0)
@@ -37,6 +43,7 @@ class Explanation:
         return "\n".join(lines)
 
 
+@overload
 def explain(
     model: Any,
     tokenizer: Any,
@@ -44,15 +51,39 @@ def explain(
     answer: str = "",
     adapter_name: str | None = None,
     chat_template: bool | None = None,
-) -> Explanation:
-    """What the adapter edits in a prompt (and in an answer to it).
+) -> Explanation: ...
+@overload
+def explain(
+    model: Any,
+    tokenizer: Any,
+    text: list[str],
+    answer: str = "",
+    adapter_name: str | None = None,
+    chat_template: bool | None = None,
+) -> list[Explanation]: ...
+def explain(
+    model: Any,
+    tokenizer: Any,
+    text: str | list[dict[str, str]] | list[str],
+    answer: str = "",
+    adapter_name: str | None = None,
+    chat_template: bool | None = None,
+) -> Explanation | list[Explanation]:
+    """What the adapter edits in a prompt (and in an answer to it); the model is not run.
 
     Args:
         model: a PeftModel with a ReFT adapter.
         tokenizer: its tokenizer; the chat template is used where it has one, unless `chat_template=False`.
-        text: a prompt, or chat messages.
+        text: a prompt, or chat messages; a list of prompts gives a list. Padding moves no edit to another token, so
+            that each is explained as it stands, whatever batch it will be in.
         answer: tokens that the model has generated, to see what `gen` and `all` edit.
+        adapter_name: the active adapter if None.
+
+    Raises ValueError for a text without tokens or an unknown adapter.
     """
+    if isinstance(text, list) and all(isinstance(part, str) for part in text):
+        texts = [str(part) for part in text]
+        return [explain(model, tokenizer, part, answer, adapter_name, chat_template) for part in texts]
     if chat_template is None:
         chat_template = getattr(tokenizer, "chat_template", None) is not None
     if chat_template or not isinstance(text, str):
@@ -70,18 +101,19 @@ def explain(
         more = tokenizer(answer, return_tensors="pt", add_special_tokens=False)["input_ids"]
         ids = ids.new_tensor([ids[0].tolist() + more[0].tolist()])
     edits = explain_tokens(model, ids, prompt_columns=prompt, adapter_name=adapter_name)[0]
-    tokens = tuple(tokenizer.decode([token]).replace("\n", "⏎") for token in ids[0].tolist())
-    return Explanation(tokens, tuple(edits), prompt)
+    tokens = [CONTINUES] * ids.shape[1]
+    for shown, first, _ in readable(tokenizer, ids[0].tolist()):
+        tokens[first] = shown
+    return Explanation(tuple(tokens), tuple(edits), prompt)
 
 
-def _ranges(numbers: list[str]) -> str:
-    """["0", "1", "2", "5"] → "0-2, 5"."""
-    if not all(n.isdigit() for n in numbers):
-        return ", ".join(numbers)
-    runs: list[list[int]] = []
-    for number in sorted(map(int, numbers)):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+def readable(tokenizer: Any, ids: list[int]) -> list[tuple[str, int, int]]:
+    """Tokens as text, (text, first column, last column + 1): those that share a character, as in emoji, as one."""
+    parts: list[tuple[str, int, int]] = []
+    first = 0
+    for column in range(len(ids)):
+        shown = tokenizer.decode(ids[first : column + 1])
+        if not shown.endswith("\ufffd") or column == len(ids) - 1:
+            parts.append((shown.replace("\n", "\u23ce"), first, column + 1))
+            first = column + 1
+    return parts

@@ -9,7 +9,7 @@ import contextlib
 import difflib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,6 +30,17 @@ class Site:
 
     def __str__(self) -> str:
         return f"{self.path}.{self.where}"
+
+
+def number_ranges(numbers: Iterable[int]) -> str:
+    """Layer numbers for people: [9, 3, 4, 5] is "3-5, 9"."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def find_sites(model: nn.Module, layers: Layers, component: str) -> list[Site]:

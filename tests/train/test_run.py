@@ -12,7 +12,6 @@ from tests.tiny_chat import save_tiny
 
 from reftune.models import load_adapted
 from reftune.train import RecipeError, load_recipe, train
-from reftune.train.progress import runs
 from reftune.train.run import last_line, size_words
 
 
@@ -104,5 +103,3 @@ def test_no_data_is_said_before_a_model_is_loaded(keys: dict[str, Any]) -> None:
 def test_words_for_people() -> None:
     assert size_words(19_400) == "19.4 kB"
     assert size_words(2_500_000) == "2.5 MB"
-    assert runs([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
-    assert runs([3]) == "3"

@@ -271,7 +271,6 @@ def test_the_users_settings_and_module_are_untouched_by_two_models() -> None:
     assert all(torch.equal(m.W, module.W) for m in interventions(second).values())
 
 
-@pytest.mark.xfail(strict=True, reason="both models hold the caller's config, so the second's shape is saved with both")
 def test_each_of_two_models_saves_its_own_shape(tmp_path: Path) -> None:
     config = ReftConfig(layers="mid")
     first = get_reft_model(tiny_llama(layers=2), config)

@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from ..interventions import INTERVENTIONS
 from ..positions import parse
+from ..sites import number_ranges
 from ..tuner import ReftConfig
 
 # kind → (what it is called, its formula)
@@ -129,14 +130,7 @@ def positions_in_words(expression: str) -> str:
 
 def layers_in_words(sites: Sequence[str]) -> str:
     """The block numbers of sites such as "model.layers.15.output", in ranges: "0-3, 15"; "" where none has one."""
-    numbers = sorted({int(found[1]) for site in sites if (found := re.search(r"\.(\d+)(\.|$)", site))})
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    return number_ranges(int(found[1]) for site in sites if (found := re.search(r"\.(\d+)(\.|$)", site)))
 
 
 def _front_matter(base: str, task: str | None) -> list[str]:

@@ -55,7 +55,7 @@ class _Representation(NamedTuple):
 
 
 def load_pyreft(
-    directory: str | Path, positions: str | Sequence[str], *, act_fn: str | None = None, **config: Any
+    directory: str | Path, positions: str | Sequence[str] | None = None, *, act_fn: str | None = None, **config: Any
 ) -> ReftConfig:
     """A config whose `representations` hold the interventions that pyreft saved in `directory`, in fp32.
 
@@ -66,7 +66,8 @@ def load_pyreft(
         directory: what `reft_model.save(directory)` wrote (after training: its `intervenable_model` directory).
         positions: as in `ReftConfig`. Where the save has several interventions at one site, as `"f2+l2"` without
             `share_weights` makes in pyreft, the first gets the first term and so on; where it has one, that one edits
-            at all terms. Or a sequence, one expression for each representation in the order of the save.
+            at all terms. Or a sequence, one expression for each representation in the order of the save. None takes
+            what pyreft's own examples train with, "l1" for one intervention a site and "f1+l1" for two, and warns.
         act_fn: the function on the learned source that the adapter was trained with.
         **config: further fields of `ReftConfig`, such as `task_type="CAUSAL_LM"`.
 
@@ -82,6 +83,14 @@ def load_pyreft(
     folder = Path(directory)
     representations, types = _read_config(folder)
     files = _find_files(folder, representations)
+    if positions is None:
+        positions = _usual_positions(representations)
+        warnings.warn(
+            f"pyreft does not save where it edits: {folder} is loaded with positions={positions!r}, which its examples "
+            "use. If it was trained at other tokens, pass positions=...",
+            UserWarning,
+            stacklevel=2,
+        )
     terms = _deal_positions(positions, representations)
     if (folder / "pytorch_model.bin").exists():
         warnings.warn(
@@ -160,6 +169,17 @@ def _find_files(folder: Path, representations: Sequence[_Representation]) -> lis
             )
         files.append(file)
     return files
+
+
+def _usual_positions(representations: Sequence[_Representation]) -> str:
+    """`make_last_position_supervised_data_module` edits the last prompt token; `train.py` the first and the last."""
+    most = max(Counter(representation.key("_") for representation in representations).values())
+    if most > 2:
+        raise ValueError(
+            f"pyreft saved {most} interventions at one site and does not say which tokens they edit: pass "
+            "positions=..., with as many terms."
+        )
+    return "l1" if most == 1 else "f1+l1"
 
 
 def _deal_positions(positions: str | Sequence[str], representations: Sequence[_Representation]) -> list[str]:

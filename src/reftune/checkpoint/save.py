@@ -11,6 +11,7 @@ from typing import Any
 
 from peft import PeftModel
 
+from ..models import BUNDLED
 from ..tuner import ReftConfig, ReftLayer
 from ..tuner.atomic import save_atomically
 from .card import model_card
@@ -28,6 +29,8 @@ def install() -> None:
     def save_pretrained(self: PeftModel, save_directory: str, *args: Any, **kwargs: Any) -> None:
         adapters = kwargs.get("selected_adapters") or list(self.peft_config)
         main = kwargs.get("is_main_process", True)
+        if _only_here(self) and not args:
+            kwargs.setdefault("save_embedding_layers", False)  # PEFT would look the base up on the hub
         if not main or not all(isinstance(self.peft_config.get(name), ReftConfig) for name in adapters):
             return original(self, save_directory, *args, **kwargs)
         if os.path.isfile(save_directory):
@@ -44,6 +47,12 @@ def install() -> None:
 
     save_pretrained._reftune = True  # type: ignore[attr-defined]
     PeftModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
+
+
+def _only_here(model: PeftModel) -> bool:
+    """Whether the base is a file or the bundled one, which the hub does not know by that name."""
+    name = str(getattr(model.get_base_model(), "name_or_path", ""))
+    return name == BUNDLED or name.endswith(".gguf")
 
 
 def _write_card(model: PeftModel, adapter_name: str, directory: Path, target: Path) -> None:
@@ -64,5 +73,6 @@ def _write_card(model: PeftModel, adapter_name: str, directory: Path, target: Pa
         sites=sites,
         parameters=parameters,
         nbytes=weights.stat().st_size if weights.exists() else parameters * 4,
+        base_class=type(base).__name__,
     )
     (directory / place / "README.md").write_text(f"{card.rstrip()}\n\n{_MARK}\n", encoding="utf-8")

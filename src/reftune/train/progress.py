@@ -4,6 +4,9 @@ from typing import Any
 
 import transformers
 
+from ..explaining import readable
+from ..sites import number_ranges
+
 
 def first_step_table(model: Any, tokenizer: Any, row: dict[str, list[int]]) -> Any:
     """The tokens of one training row with the edited ones marked, and where they are edited; a rich renderable.
@@ -26,41 +29,18 @@ def first_step_table(model: Any, tokenizer: Any, row: dict[str, list[int]]) -> A
             text.append(f"[{shown}]" if marked else shown, style="bold green" if marked else "dim")
     lines = [
         Text(f"  {group}: {len(columns)} of {len(row['input_ids'])} tokens, layer{'s' * (len(layers) > 1)} ").append(
-            runs(layers), style="bold"
+            number_ranges(layers), style="bold"
         )
         for group, (columns, layers) in groups.items()
     ]
     return Group(text, *lines)
 
 
-def readable(tokenizer: Any, ids: list[int]) -> list[tuple[str, int, int]]:
-    """Tokens as text, (text, first column, last column + 1): those that share a character, as in emoji, as one."""
-    parts: list[tuple[str, int, int]] = []
-    first = 0
-    for column in range(len(ids)):
-        shown = tokenizer.decode(ids[first : column + 1])
-        if not shown.endswith("\ufffd") or column == len(ids) - 1:
-            parts.append((shown.replace("\n", "\u23ce"), first, column + 1))
-            first = column + 1
-    return parts
-
-
-def runs(numbers: list[int]) -> str:
-    """Sorted numbers for people: [3, 4, 5, 9] is "3-5, 9"."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1].append(number)
-        else:
-            parts.append([number])
-    return ", ".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
-
-
 def _edits(model: Any, row: dict[str, list[int]]) -> dict[str, tuple[tuple[int, ...], list[int]]]:
     """Group of terms -> (columns that it edits, layers)."""
     import torch
 
-    from reftune.tuner.explain import explain_tokens
+    from ..tuner.explain import explain_tokens
 
     (edits,) = explain_tokens(model, torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]]))
     found: dict[str, tuple[tuple[int, ...], list[int]]] = {}

@@ -6,7 +6,6 @@ Writes into `output_dir`: the adapter, `recipe.yaml` (the recipe as it was resol
 """
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -77,9 +76,7 @@ def train(
     )
     _quiet(trainer)
     save_recipe(recipe, output_dir / "recipe.yaml")
-    with _no_cache(base), warnings.catch_warnings():
-        # PEFT looks on the hub for a base whose name is a file or the bundled one; nothing is lost when it is not there
-        warnings.filterwarnings("ignore", message="Could not find a config file in", category=UserWarning)
+    with _no_cache(base):
         outcome = trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model(str(output_dir))
     size = sum(path.stat().st_size for path in output_dir.glob("adapter_model.*"))

@@ -109,6 +109,12 @@ def check_keys(model: nn.Module, adapter_name: str, state: dict[str, Tensor]) ->
         )
 
 
+def edited_modules(model: nn.Module, adapter_name: str) -> list[str]:
+    """Paths in the base model of the modules that an adapter edits, sorted."""
+    paths = {name.rpartition(".")[0] for name, layer in _layers(model) if adapter_name in layer.groups}
+    return sorted(path.removeprefix("base_model.model").removeprefix(".") for path in paths)
+
+
 def _layers(model: nn.Module) -> list[tuple[str, ReftLayer]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, ReftLayer)]
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, _delete_auxiliary_adapter
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
@@ -247,6 +248,11 @@ class ReftModel(BaseTuner):
         state: dict[str, Any] = super()._get_adapter_state_dict(
             model=model, config=config, adapter_name=adapter_name, **kwargs
         )
+        # two models may have been made with one config object: what is saved tells of this one
+        config.base_model_shape = compatibility.base_shape(
+            model.get_base_model() if isinstance(model, PeftModel) else model
+        )
+        config.target_modules = compatibility.edited_modules(model, adapter_name)
         return compatibility.with_orthonormal_rows(model, adapter_name, state)
 
     @classmethod

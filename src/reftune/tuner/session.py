@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from ..interventions import LowRankIntervention, retract_
+from ..interventions import retract_all
 from ..positions import parse
 from .batch import Batch, Inputs, Prompt, call_arguments
 
@@ -176,14 +175,7 @@ class Session:
 
     def _retract(self) -> None:
         """All R of the active adapters, put right in one batched call."""
-        rows = []
-        for name in self.active:
-            for module in self.interventions.get(name, ()):
-                if isinstance(module, LowRankIntervention) and module.orthonormal and module.R.requires_grad:
-                    module.sharded = module.sharded or isinstance(module.R, DTensor)
-                    if not module.sharded:
-                        rows.append(module.R)
-        retract_(rows)
+        retract_all(module for name in self.active for module in self.interventions.get(name, ()))
 
 
 def _cache(get: Any) -> Any:
