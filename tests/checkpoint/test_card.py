@@ -6,14 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from peft import PeftModel
 from tests.tiny_chat import save_tiny
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
-from conftest import tiny_llama
 from reftune import Intervention, ReftConfig, get_reft_model, register_intervention
 from reftune.checkpoint.card import FORMULAS, formula, layers_in_words, model_card, positions_in_words
-from reftune.checkpoint.save import install
 from reftune.interventions import INTERVENTIONS
 
 
@@ -189,12 +186,3 @@ def test_a_kind_of_ones_own_is_told_by_its_class() -> None:
         assert "not known here" in formula("never_registered")[1]
     finally:
         del INTERVENTIONS["card_shift"]
-
-
-def test_saving_writes_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PeftModel, "save_pretrained", PeftModel.save_pretrained)  # undone after the test
-    install()
-    get_reft_model(tiny_llama(), ReftConfig(layers=[1, 2], task_type="CAUSAL_LM")).save_pretrained(tmp_path)
-    card = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert "| Layers | 1-2 of 4 |" in card
-    assert front(card)["tags"] == ["reft", "reftune", "peft"]

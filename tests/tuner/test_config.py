@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from conftest import tiny_llama
 from reftune import LoreftIntervention, NodireftIntervention, RedIntervention, ReftConfig, get_reft_model
-from reftune.interventions import INTERVENTIONS, Intervention, register_intervention
+from reftune.interventions import INTERVENTIONS, Intervention, LowRankIntervention, register_intervention
 
 GIVEN = {"layer": 1, "component": "block_output", "low_rank_dimension": 2}
 
@@ -293,6 +293,13 @@ def test_each_of_two_models_saves_its_own_shape(tmp_path: Path) -> None:
         ({"intervention": "lorfet"}, "Did you mean 'loreft'"),
         ({"intervention": None}, "Unknown intervention None"),
         ({"bias": "all"}, "bias must be .*'all'"),
+        ({"r": True}, "r must be a whole number of at least 1, but is True"),
+        ({"intervention": LowRankIntervention}, "LowRankIntervention is not a registered intervention"),
+        ({"representations": []}, "representations is empty"),
+        ({"representations": [3]}, r"representations\[0\] must be a dict .* but is 3"),
+        ({"representations": "layer 3"}, "representations must be a dict or a list of dicts, but is 'layer 3'"),
+        ({"representations": {"layer": 1, "r": 2, "intervention": LoreftIntervention(8, 4)}}, "r=2, but .* rank 4"),
+        ({"representations": {"layer": 1, "rank": 2}}, r"unknown keys \['rank'\]"),
     ],
 )
 def test_errors_come_with_the_config_where_they_can(settings: dict, message: str) -> None:

@@ -1,4 +1,4 @@
-"""`PeftModel.save_pretrained` for ReFT adapters: atomic, with a model card of our own.
+"""`PeftModel.save_pretrained` and `push_to_hub` for ReFT adapters: atomic, with a model card of our own.
 
 PEFT builds the PeftModel itself, so its method is the only place where a save can be made whole; models with adapters
 of other kinds go straight through.
@@ -9,14 +9,16 @@ import os
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard
 from peft import PeftModel
 
 from ..models import BUNDLED
 from ..tuner import ReftConfig, ReftLayer
-from ..tuner.atomic import save_atomically
+from ..tuner.atomic import WEIGHTS, commit_config, save_atomically
 from .card import model_card
 
 _MARK = "<!-- reftune -->"
+_BLANK = "This model card has been automatically generated."  # transformers' template, which tells nothing
 
 
 def install() -> None:
@@ -40,13 +42,35 @@ def install() -> None:
             original(self, directory, *args, **kwargs)
             (Path(directory) / "README.md").unlink(missing_ok=True)
             for name in adapters:
+                commit_config(_place(Path(directory), name))
                 _write_card(self, name, Path(directory), Path(save_directory))
 
         save_atomically(save_directory, write)
         return None
 
+    upload = PeftModel._upload_modified_files
+
+    @functools.wraps(upload)
+    def _upload_modified_files(self: PeftModel, working_dir: str, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self.peft_config.get("default"), ReftConfig):
+            _restore_card(self, Path(working_dir))
+        return upload(self, working_dir, *args, **kwargs)
+
     save_pretrained._reftune = True  # type: ignore[attr-defined]
     PeftModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
+    PeftModel._upload_modified_files = _upload_modified_files  # type: ignore[method-assign]
+
+
+def _restore_card(model: PeftModel, directory: Path) -> None:
+    """`push_to_hub` puts a card over ours before the upload: the hub's, where there is one, or a blank one with the
+    tags it was given. Those are kept."""
+    tags = ModelCard.load(directory / "README.md").data.tags or []
+    _write_card(model, "default", directory, directory)
+    card = ModelCard.load(directory / "README.md")
+    new = [tag for tag in tags if tag not in card.data.tags and tag != "transformers"]
+    if new and _MARK in card.content:
+        card.data.tags += new
+        card.save(directory / "README.md")
 
 
 def _only_here(model: PeftModel) -> bool:
@@ -55,11 +79,15 @@ def _only_here(model: PeftModel) -> bool:
     return name == BUNDLED or name.endswith(".gguf")
 
 
+def _place(directory: Path, adapter_name: str) -> Path:
+    """Where PEFT saves an adapter: the default one in the directory itself, others in one of their name."""
+    return directory if adapter_name == "default" else directory / adapter_name
+
+
 def _write_card(model: PeftModel, adapter_name: str, directory: Path, target: Path) -> None:
     """The card of one adapter; one that a person has rewritten (no mark) stays theirs."""
-    place = Path() if adapter_name == "default" else Path(adapter_name)
-    old = target / place / "README.md"
-    if old.exists() and _MARK not in old.read_text(encoding="utf-8"):
+    old = _place(target, adapter_name) / "README.md"
+    if old.exists() and not any(mark in old.read_text(encoding="utf-8") for mark in (_MARK, _BLANK)):
         return
     base = model.get_base_model()
     sites, parameters = [], 0
@@ -67,7 +95,8 @@ def _write_card(model: PeftModel, adapter_name: str, directory: Path, target: Pa
         if isinstance(layer, ReftLayer) and adapter_name in layer.groups:
             sites.append(path.replace(".edit_", "."))
             parameters += sum(t.numel() for i in layer.interventions(adapter_name) for t in i.state_dict().values())
-    weights = directory / place / "adapter_model.safetensors"
+    directory = _place(directory, adapter_name)
+    weights = directory / WEIGHTS
     card = model_card(
         config=model.peft_config[adapter_name],
         sites=sites,
@@ -75,4 +104,4 @@ def _write_card(model: PeftModel, adapter_name: str, directory: Path, target: Pa
         nbytes=weights.stat().st_size if weights.exists() else parameters * 4,
         base_class=type(base).__name__,
     )
-    (directory / place / "README.md").write_text(f"{card.rstrip()}\n\n{_MARK}\n", encoding="utf-8")
+    (directory / "README.md").write_text(f"{card.rstrip()}\n\n{_MARK}\n", encoding="utf-8")

@@ -26,8 +26,6 @@ def save_atomically(directory: str | os.PathLike[str], write: Callable[[str], No
     temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
     try:
         write(str(temporary))
-        for config in temporary.rglob(CONFIG):
-            commit_config(config.parent)
         files = [path for path in temporary.rglob("*") if path.is_file()]
         for path in sorted(files, key=lambda p: (p.name == WEIGHTS, str(p))):
             destination = target / path.relative_to(temporary)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from peft.config import PeftConfig
 
-from ..interventions import Intervention, intervention_class
+from ..interventions import Intervention, intervention_class, kind_of
 from ..positions import groups, parse
 from .registration import PEFT_TYPE
 
@@ -71,26 +71,34 @@ class ReftConfig(PeftConfig):
             for key, value in self.intervention.config().items():
                 setattr(self, key, value)
         elif isinstance(self.intervention, type):
-            self.intervention = getattr(self.intervention, "kind", self.intervention.__name__)
+            self.intervention = _kind(self.intervention)
         if self.representations is not None:
             self._read_representations()
         for edit in self.edits():
             parse(edit["positions"])
             cls = intervention_class(edit["intervention"])
-            if cls.has_rank and (not isinstance(edit["r"], int) or edit["r"] < 1):
-                raise ValueError(f"r must be a whole number of at least 1, but is {edit['r']!r}.")
+            rank = edit["r"]
+            if cls.has_rank and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
+                raise ValueError(f"r must be a whole number of at least 1, but is {rank!r}.")
         if self.bias not in ("learned", "frozen", "none"):
             raise ValueError(f'bias must be "learned", "frozen" or "none", but is {self.bias!r}.')
 
     def _read_representations(self) -> None:
         """pyreft's dicts → plain, savable ones; modules given in them are kept aside, to be copied into the model."""
         entries = self.representations
-        entries = [entries] if isinstance(entries, dict) else list(entries)
+        entries = [entries] if isinstance(entries, dict) else entries
+        if not isinstance(entries, (list, tuple)):
+            raise ValueError(f"representations must be a dict or a list of dicts, but is {entries!r}.")
         if not entries:
             raise ValueError("representations is empty: give at least one {'layer': ..., 'intervention': ...}.")
         known = {"layer", "component", "positions", "low_rank_dimension", "intervention_type", *_EDIT}
         plain = []
         for number, entry in enumerate(entries):
+            if not isinstance(entry, dict):
+                raise ValueError(
+                    f"representations[{number}] must be a dict such as {{'layer': 3, 'low_rank_dimension': 4}}, but is "
+                    f"{entry!r}."
+                )
             unknown = set(entry) - known
             if unknown:
                 raise ValueError(
@@ -102,19 +110,20 @@ class ReftConfig(PeftConfig):
                 self._given[number] = given
                 edit |= given.config()
             else:
-                edit["intervention"] = getattr(given, "kind", given)
+                edit["intervention"] = _kind(given) if isinstance(given, type) else given
                 edit["r"] = entry.get("low_rank_dimension", edit["r"])
             edit["component"] = entry.get("component", self.component)
             edit["layer"] = entry.get("layer")
             edit["positions"] = entry.get("positions", self.positions)
             if edit["layer"] is None and not edit["component"].endswith((".output", ".input")):
                 raise ValueError(f"representations[{number}] names no layer and no module path in 'component'.")
-            rank = entry.get("low_rank_dimension")
-            if number in self._given and rank not in (None, given.low_rank_dimension):
-                raise ValueError(
-                    f"representations[{number}] says low_rank_dimension={rank}, but its intervention has rank "
-                    f"{given.low_rank_dimension}."
-                )
+            for key in ("low_rank_dimension", "r"):
+                rank = entry.get(key)
+                if number in self._given and rank not in (None, given.low_rank_dimension):
+                    raise ValueError(
+                        f"representations[{number}] says {key}={rank}, but its intervention has rank "
+                        f"{given.low_rank_dimension}."
+                    )
             plain.append(edit)
         self.representations = plain
         for key in _EDIT:
@@ -152,3 +161,9 @@ class ReftConfig(PeftConfig):
         if committed is None:
             return config
         return cls.from_peft_type(**cls.check_kwargs(**json.loads(committed)))
+
+
+def _kind(cls: type) -> str:
+    if not issubclass(cls, Intervention):
+        raise ValueError(f"intervention must be a kind, a reftune.Intervention or its class, but is {cls.__name__}.")
+    return kind_of(cls)
