@@ -1,9 +1,9 @@
-# make demo: train an emoji chatbot in two minutes.   make test: every test.
+# make demo: train an emoji chatbot in two minutes.   make test: every test.   make test-oldest: on transformers 5.0.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint install install-dev
+.PHONY: demo test test-oldest lint install install-dev
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
 
@@ -22,6 +22,14 @@ demo: install
 
 test: install-dev
 	$(BIN)/python -m pytest
+
+# The oldest transformers of pyproject.toml. Left out is what that version cannot do by itself: Jamba without a GPU,
+# RecurrentGemma with a cache, EuroBERT, and `generate` with chunked prefill or prompt lookup.
+OLDEST = .oldest
+test-oldest: install-dev
+	test -d $(OLDEST)/transformers || $(BIN)/pip install --quiet --target $(OLDEST) --constraint constraints.txt 'transformers==5.0.0'
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/integration tests/tuner tests/properties tests/checkpoint \
+		-m 'not real' -k 'not (jamba or recurrent_gemma or eurobert or chunked or prompt_lookup)'
 
 lint: install-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

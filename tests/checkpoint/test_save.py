@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers.utils.hub
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file
@@ -147,15 +148,17 @@ def test_what_is_pushed_to_the_hub_is_what_is_saved(
             raise EntryNotFoundError("none")
         return ModelCard(on_the_hub)
 
-    class Api:
-        def create_repo(self, *args, **kwargs):
-            return SimpleNamespace(repo_id="me/it")
+    def create_repo(*args, **kwargs):
+        return SimpleNamespace(repo_id="me/it")
 
     for name in ("save_pretrained", "_upload_modified_files"):
         monkeypatch.setattr(PeftModel, name, getattr(PeftModel, name).__wrapped__)
     monkeypatch.setattr(PeftModel, "_upload_modified_files", upload)
     monkeypatch.setattr("huggingface_hub.ModelCard.load", load)
-    monkeypatch.setattr("transformers.utils.hub.hf_api", Api)
+    if hasattr(transformers.utils.hub, "hf_api"):
+        monkeypatch.setattr("transformers.utils.hub.hf_api", lambda: SimpleNamespace(create_repo=create_repo))
+    else:  # transformers 5.0
+        monkeypatch.setattr("transformers.utils.hub.create_repo", create_repo)
     install()
     model = adapted()
     model.push_to_hub("me/it", tags=["emoji"])
