@@ -43,6 +43,7 @@ class Intervention(nn.Module):
     has_rank: ClassVar[bool] = True
     orthonormal: ClassVar[bool] = False  # R has orthonormal rows
     couples_positions: ClassVar[bool] = False  # Δ of one token depends on other tokens of its prompt
+    needs_choice: ClassVar[bool] = False  # wants `rows` (N,), the batch row of each h, and the pass's `choice`
     setting_names: ClassVar[tuple[str, ...]] = ()  # what the kind reads from `self.settings`
 
     b: nn.Parameter | Tensor | None
@@ -105,11 +106,15 @@ class Intervention(nn.Module):
                 f"This {type(self).__name__} edits hidden states of width {self.embed_dim}, "
                 f"but the last dimension of {tuple(h.shape)} is {h.shape[-1]}."
             )
+        edit = self.edit(h, segments)
+        return (h + edit).to(h.dtype)
+
+    def edit(self, h: Tensor, segments: Tensor | None = None) -> Tensor:
+        """What is added to h, (..., d) → (..., d): Δ with its dropout, in fp32 or wider."""
         wide = h.to(torch.promote_types(h.dtype, torch.float32))
         with torch.autocast(device_type=h.device.type, enabled=False):
             edit = self.delta(wide, segments) if self.couples_positions else self.delta(wide)
-            edit = nn.functional.dropout(edit, self.dropout, self.training)
-        return (wide + edit).to(h.dtype)
+            return nn.functional.dropout(edit, self.dropout, self.training)
 
     def config(self) -> dict[str, Any]:
         """What a config must say to build this module again (its weights aside)."""

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..interventions.choice import Choice
 from ..positions import Layout, NoPromptError, check_prompts, layout, packed_starts, parse, select_group
+from .mix import Mix
 
 
 @dataclass
@@ -85,36 +87,86 @@ class Rows:
 
 
 @dataclass
+class Slots:
+    """Tokens of several adapters, sorted by adapter: `index` (N,) as in `Rows`.
+
+    Where the adapters edit unequally many, `pad` (A, n) says which of the N stand where, with whatever in the gaps, and
+    `take` (N,) where each of them stands in the flattened (A·n).
+    """
+
+    index: Tensor
+    pad: Tensor | None = None
+    take: Tensor | None = None
+
+
+@dataclass
 class Batch:
     """One forward pass: knows the rows of every (positions, group), and finds each once."""
 
     inputs: Inputs
     prompt: Prompt | None = None
     adapter_names: list[str] | None = None  # PEFT's mixed batches: one name a row
+    mix: Mix | None = None
+    choice: Choice | None = None  # of subspaces, for the interventions that have them
     nothing: bool = False  # known beforehand: this pass edits nothing (a decode step after the prompt)
     places: Layout | None = None
-    _rows: dict[Any, Rows | None] = field(default_factory=dict)
+    _found: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The adapters of the rows, each once."""
+        return tuple(name for name in dict.fromkeys(self.adapter_names or ()) if name != "__base__")
 
     def rows(self, adapter: str, positions: str, group: str, hidden: Tensor, couples: bool = False) -> Rows | None:
         """The rows of `hidden` (B, L, d) that the group edits, on its device; None if there are none."""
         if self.nothing:
             return None
         key = (adapter if self.adapter_names else None, positions, group, hidden.device)
-        if key not in self._rows:
-            self._rows[key] = self._find(adapter, positions, group, hidden, couples)
-        return self._rows[key]
+        if key not in self._found:
+            self._found[key] = self._rows(adapter, positions, group, hidden, couples)
+        found: Rows | None = self._found[key]
+        return found
 
-    def _find(self, adapter: str, positions: str, group: str, hidden: Tensor, couples: bool) -> Rows | None:
-        expression, terms = parse(positions), parse(group)
+    def slots(self, adapters: tuple[str, ...], positions: str, group: str, hidden: Tensor) -> Slots | None:
+        """The rows of `hidden` (B, L, d) that each of the adapters edits in its own rows of a mixed batch."""
+        key = (adapters, positions, group, hidden.device)
+        if key not in self._found:
+            self._found[key] = self._slots(adapters, positions, group, hidden)
+        found: Slots | None = self._found[key]
+        return found
+
+    def _tokens(self, positions: str, group: str, hidden: Tensor) -> Tensor | None:
+        """The tokens (B, L) that the group edits, whatever the row's adapter; None if it is known to edit none."""
+        terms = parse(group)
         if self.prompt is not None and self.prompt.read and all(term.in_prompt for term in terms):
             return None
+        key = (positions, group)
+        if key not in self._found:
+            places, expression = self._layout(hidden), parse(positions)
+            if self.inputs.labels is not None or self.inputs.prompt_mask is not None:
+                check_prompts(places, expression)
+            self._found[key] = select_group(terms, places, expression)
+        found: Tensor = self._found[key]
+        return found
+
+    def _owners(self, adapters: tuple[str, ...], rows: int, device: torch.device) -> Tensor:
+        """For each row the number of its adapter among `adapters`, or −1. Beams repeat rows."""
+        names = self.adapter_names or []
+        if not names or rows % len(names):
+            raise ValueError(
+                f"adapter_names names adapters for {len(names)} rows, but the batch has {rows}: name one for each row."
+            )
+        number = {name: i for i, name in enumerate(adapters)}
+        owners = torch.tensor([number.get(name, -1) for name in names], device=device)
+        return owners.repeat_interleave(rows // len(names))
+
+    def _rows(self, adapter: str, positions: str, group: str, hidden: Tensor, couples: bool) -> Rows | None:
+        tokens = self._tokens(positions, group, hidden)
+        if tokens is None:
+            return None
         places = self._layout(hidden)
-        if self.inputs.labels is not None or self.inputs.prompt_mask is not None:
-            check_prompts(places, expression)
-        tokens = select_group(terms, places, expression)
         if self.adapter_names is not None:
-            mine = torch.tensor([name == adapter for name in self.adapter_names], device=tokens.device)
-            tokens = tokens & mine.unsqueeze(1)
+            tokens = tokens & (self._owners((adapter,), tokens.shape[0], tokens.device) == 0).unsqueeze(1)
         segments = places.segment
         if couples:
             # a generated token stands alone, so that it is edited alike with and without a cache
@@ -125,6 +177,25 @@ class Batch:
         if index.numel() == 0:
             return None
         return Rows(index.to(hidden.device), segments.reshape(-1)[index].to(hidden.device))
+
+    def _slots(self, adapters: tuple[str, ...], positions: str, group: str, hidden: Tensor) -> Slots | None:
+        tokens = self._tokens(positions, group, hidden)
+        if tokens is None:
+            return None
+        owners = self._owners(adapters, tokens.shape[0], tokens.device)
+        index = (tokens & (owners >= 0).unsqueeze(1)).reshape(-1).nonzero().squeeze(1)
+        if index.numel() == 0:
+            return None
+        slot, order = owners[index // tokens.shape[1]].sort(stable=True)
+        index = index[order].to(hidden.device)
+        counts = torch.bincount(slot, minlength=len(adapters))
+        most = int(counts.max())
+        if most * len(adapters) == index.numel():
+            return Slots(index)
+        number = torch.arange(index.numel(), device=slot.device)
+        take = slot * most + number - (counts.cumsum(0) - counts)[slot]
+        pad = torch.zeros(len(adapters) * most, dtype=torch.long, device=slot.device).scatter(0, take, number)
+        return Slots(index, pad.view(len(adapters), most).to(hidden.device), take.to(hidden.device))
 
     def _whole_prompts(self, places: Layout) -> None:
         here = torch.zeros_like(places.length).masked_fill(places.index >= 0, 1).sum(1)

@@ -31,15 +31,16 @@ def generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The model's `generate`, with the prompt's columns made known to the ReFT layers."""
     session: Session | None = self.__dict__.get(ATTRIBUTE)
     original: Any = type(self).generate  # type: ignore[attr-defined]
+    subspaces = kwargs.pop("subspaces", None)
     if session is None or not session.editing or session.state.prompt is not None:  # an assistant that is the model
         return original(self, *args, **kwargs)
     prompt = _prompt(original, self, args, kwargs)
     state = session.state
-    state.prompt = prompt
+    state.prompt, state.subspaces = prompt, subspaces
     try:
         return original(self, *args, **kwargs)
     finally:
-        state.prompt = None
+        state.prompt = state.subspaces = None
         if prompt is not None and prompt.cache is not None:
             prompt.cache._reft_prompt = prompt  # who decodes on by hand goes on from this prompt
 

@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..interventions import Intervention
+from .routing import call, edit_routed, replace_rows
 from .session import Session
 
 
@@ -28,9 +29,11 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
         self.merged_adapters: list[str] = []
+        self.routes: Any = None  # of the last mixed batch: its adapters and their steps
 
     def update_layer(self, adapter_name: str, positions: str, interventions: dict[str, Intervention]) -> None:
         """Give the adapter one intervention for each group of terms of `positions`."""
+        self.routes = None
         for group, intervention in interventions.items():
             attribute = f"reft_{group}"
             if attribute not in self.adapter_layer_names:
@@ -57,13 +60,23 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             )
         if batch.nothing:
             return hidden
-        names: Any = batch.adapter_names or self.active_adapters
-        for adapter in dict.fromkeys(names):
+        if batch.adapter_names is not None:
+            return edit_routed(self, hidden, batch)
+        names: Any = self.active_adapters
+        mix = batch.mix
+        source = hidden if mix is not None and mix.how == "sum" else None
+        for adapter, strength in mix.active().items() if mix else dict.fromkeys(names, 1.0).items():
             for positions, group in self.groups.get(adapter, ()):
                 intervention: Intervention = getattr(self, f"reft_{group}")[adapter]
                 rows = batch.rows(adapter, positions, group, hidden, intervention.couples_positions)
-                if rows is not None:
-                    hidden = _edit(hidden, rows.index, intervention, rows.segments)
+                if rows is not None and mix is None:
+                    hidden = replace_rows(hidden, rows, intervention, batch)
+                elif rows is not None:
+                    flat = (hidden if source is None else source).reshape(-1, hidden.shape[-1])
+                    selected = flat.index_select(0, rows.index)
+                    edit = strength * call(intervention.edit, selected, rows, batch, hidden.shape[1])
+                    added = hidden.reshape(flat.shape).index_add(0, rows.index, edit.to(hidden.dtype))
+                    hidden = added.view_as(hidden)
                 elif self.training and torch.is_grad_enabled():
                     hidden = _keep_in_graph(hidden, intervention)
         return hidden
@@ -78,6 +91,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self.session.enabled = enabled
 
     def delete_adapter(self, adapter_name: str) -> None:
+        self.routes = None
         super().delete_adapter(adapter_name)
         for attribute in self.adapter_layer_names:
             if not len(getattr(self, attribute)):
@@ -99,14 +113,6 @@ class ReftLayer(nn.Module, BaseTunerLayer):
     def __repr__(self) -> str:
         edits = ", ".join(f"{a}: {p}" for a, groups in self.groups.items() for p in dict.fromkeys(g[0] for g in groups))
         return f"ReftLayer({edits})"
-
-
-def _edit(hidden: Tensor, index: Tensor, intervention: Intervention, segments: Any) -> Tensor:
-    """Rows `index` of hidden (B, L, d) replaced by their edits, in a new tensor."""
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    if index.numel() == flat.shape[0]:
-        return intervention(flat, segments).view_as(hidden)
-    return flat.index_copy(0, index, intervention(flat.index_select(0, index), segments)).view_as(hidden)
 
 
 def _keep_in_graph(hidden: Tensor, intervention: Intervention) -> Tensor:

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ..interventions import retract_all
+from ..interventions.choice import Choice
 from ..positions import parse
 from .batch import Batch, Inputs, Prompt, call_arguments
+from .mix import Mix
 
 ATTRIBUTE = "_reft_session"
 
@@ -29,6 +31,8 @@ class _State(threading.local):
     prompt: Prompt | None = None  # of the `generate` that is running
     wrapped: bool = False  # the pass came through the PeftModel
     adapter_names: list[str] | None = None
+    mix: Mix | None = None
+    subspaces: Any = None  # of the `generate` that is running
 
     def __init__(self) -> None:
         self.open: list[int] = []
@@ -41,6 +45,7 @@ class Session:
         self.state = _State()
         self.positions: dict[str, set[str]] = {}  # adapter → its expressions
         self.active: list[str] = []
+        self.mix: Mix | None = None  # takes the place of `active` where there is one
         self.enabled = True
         self.needs_wrapper = False
         self.interventions: dict[str, list[nn.Module]] = {}
@@ -73,7 +78,24 @@ class Session:
     @property
     def editing(self) -> bool:
         """Whether any adapter is active and enabled."""
-        return self.enabled and bool(self.active or self.state.adapter_names)
+        return self.enabled and bool(self.names)
+
+    @property
+    def names(self) -> list[str]:
+        """The adapters that edit: those of the rows of a mixed batch, of a mix, or the active ones."""
+        if self.state.adapter_names is not None:
+            return [name for name in dict.fromkeys(self.state.adapter_names) if name != "__base__"]
+        mix = self.state.mix or self.mix
+        return self.active if mix is None else list(mix.active())
+
+    @contextmanager
+    def mixing(self, mix: Mix) -> Iterator[None]:
+        """Edit with a mix of adapters in here, in this thread."""
+        before, self.state.mix = self.state.mix, mix
+        try:
+            yield
+        finally:
+            self.state.mix = before
 
     @contextmanager
     def through_wrapper(self) -> Iterator[None]:
@@ -90,12 +112,14 @@ class Session:
         if top or id(module) in state.open:  # whatever a broken-off pass left behind
             state.open.clear()
         state.open.append(id(module))
-        prompt_mask = kwargs.get("prompt_mask")
-        if prompt_mask is not None:
-            kwargs = {k: v for k, v in kwargs.items() if k != "prompt_mask"}
+        prompt_mask, subspaces = kwargs.get("prompt_mask"), kwargs.get("subspaces", state.subspaces)
+        if "prompt_mask" in kwargs or "subspaces" in kwargs:
+            kwargs = {k: v for k, v in kwargs.items() if k not in ("prompt_mask", "subspaces")}
         if len(state.open) > 1:
             return kwargs
         state.batch = self._batch(module, args, kwargs, prompt_mask) if self.editing else None
+        if subspaces is not None and state.batch is not None:
+            state.batch.choice = self._choice(subspaces, state.batch)
         if self.editing and torch.is_grad_enabled() and module.training:
             self._retract()
         return kwargs
@@ -133,9 +157,9 @@ class Session:
             prompt = getattr(cache, "_reft_prompt", None)
         elif prompt is not None and prompt.read and cache is not prompt.cache:
             prompt.read = False  # without a cache every pass reads the prompt again
-        names = state.adapter_names
+        names, mix = state.adapter_names, state.mix or self.mix
         if prompt is not None and prompt.read and self._only_prompt_terms():
-            return Batch(Inputs(shape, past=prompt.columns), prompt, names, nothing=True)
+            return Batch(Inputs(shape, past=prompt.columns), prompt, names, mix, nothing=True)
 
         past = _past(cache, prompt)
         if past == 0 and state.prompt is None:
@@ -161,11 +185,20 @@ class Session:
         )
         if inputs.labels is not None or inputs.prompt_mask is not None:
             prompt = None
-        return Batch(inputs, prompt, names)
+        return Batch(inputs, prompt, names, mix)
+
+    def _choice(self, subspaces: Any, batch: Batch) -> Choice:
+        """What was chosen, checked, and repeated for beams as generate repeats its rows."""
+        rows = batch.inputs.shape[0] if batch.inputs.shape else None
+        if rows is not None and isinstance(subspaces, (list, tuple)) and subspaces and rows % len(subspaces) == 0:
+            subspaces = [entry for entry in subspaces for _ in range(rows // len(subspaces))]
+        choice = Choice(subspaces)
+        modules = (module for name in self.names for module in self.interventions.get(name, ()))
+        choice.check({name for module in modules for name in getattr(module, "subspaces", ())}, rows)
+        return choice
 
     def _only_prompt_terms(self) -> bool:
-        active = self.state.adapter_names or self.active
-        return all(t.in_prompt for name in active for p in self.positions.get(name, ()) for t in parse(p))
+        return all(t.in_prompt for name in self.names for p in self.positions.get(name, ()) for t in parse(p))
 
     def _names(self, module: nn.Module) -> list[str]:
         cls = type(module)
@@ -175,7 +208,7 @@ class Session:
 
     def _retract(self) -> None:
         """All R of the active adapters, put right in one batched call."""
-        retract_all(module for name in self.active for module in self.interventions.get(name, ()))
+        retract_all(module for name in self.names for module in self.interventions.get(name, ()))
 
 
 def _cache(get: Any) -> Any:

@@ -31,7 +31,7 @@ def check_training(model: nn.Module, session: Session, kwargs: dict[str, Any]) -
     if told and not _learns(model, session):
         raise RuntimeError(
             f"No parameter of this {type(model).__name__} is trainable: the ReFT adapter "
-            f"{', '.join(map(repr, session.active))} was loaded for inference or frozen. To train it on, load it with "
+            f"{', '.join(map(repr, session.names))} was loaded for inference or frozen. To train it on, load it with "
             "PeftModel.from_pretrained(..., is_trainable=True); else call model.eval() or use torch.no_grad()."
         )
     read = kwargs.get("past_key_values") is not None or session.state.prompt is not None
@@ -48,11 +48,11 @@ def check_training(model: nn.Module, session: Session, kwargs: dict[str, Any]) -
 
 
 def _learns(model: nn.Module, session: Session) -> bool:
-    own = (p for name in session.active for module in session.interventions.get(name, ()) for p in module.parameters())
+    own = (p for name in session.names for module in session.interventions.get(name, ()) for p in module.parameters())
     return any(p.requires_grad for p in own) or any(p.requires_grad for p in model.parameters())
 
 
 def _needs_the_end(session: Session) -> bool:
     """Whether some active position depends on where the prompt ends (a prefix hardly does)."""
-    expressions = [e for name in session.active for e in session.positions.get(name, ())]
+    expressions = [e for name in session.names for e in session.positions.get(name, ())]
     return any(term.name not in ("f", "all") for e in expressions for term in parse(e))

@@ -1,0 +1,96 @@
+"""A batch whose rows have adapters of their own: every row edited by its adapter, in one batched computation a site.
+
+    hidden (B, L, d) → the edited tokens, sorted by adapter (A, n, d) → + Δ of a bank → hidden
+
+Adapters that edit the same positions with interventions of one form share a bank, whatever their ranks. Others, and an
+adapter's second intervention at a site, take a further step. The result equals that of each row alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..interventions.bank import Bank, bank_key
+
+if TYPE_CHECKING:
+    from .batch import Batch, Rows, Slots
+    from .layer import ReftLayer
+
+
+@dataclass
+class Step:
+    """Interventions that run together: one for each of `adapters`, all for the same group of terms."""
+
+    positions: str
+    group: str
+    adapters: tuple[str, ...]
+    interventions: list[Any]
+    bank: Bank | None = None
+
+    def edit(self, rows: Tensor, slots: "Slots") -> Tensor:
+        """Δ of the sorted rows (N, d)."""
+        if self.bank is None or not self.bank.is_current():
+            self.bank = Bank.of(self.interventions)
+        assert self.bank is not None
+        if slots.pad is None or slots.take is None:
+            return self.bank(rows.view(len(self.adapters), -1, rows.shape[-1])).view(rows.shape)
+        return self.bank(rows[slots.pad]).flatten(0, 1)[slots.take]
+
+
+def plan(layer: "ReftLayer", adapters: Sequence[str]) -> list[Step]:
+    """The steps of a site for a batch with these adapters."""
+    steps: list[Step] = []
+    for turn in range(max((len(layer.groups.get(name, ())) for name in adapters), default=0)):
+        together: dict[Any, list[tuple[str, Any]]] = {}
+        for name in adapters:
+            if turn < len(layer.groups.get(name, ())):
+                positions, group = layer.groups[name][turn]
+                intervention = getattr(layer, f"reft_{group}")[name]
+                key = bank_key(intervention)
+                together.setdefault((positions, group, key, name if key is None else None), []).append(
+                    (name, intervention)
+                )
+        for (positions, group, *_), members in together.items():
+            steps.append(Step(positions, group, tuple(n for n, _ in members), [m for _, m in members]))
+    return steps
+
+
+def replace_rows(hidden: Tensor, rows: "Rows", intervention: Any, batch: "Batch") -> Tensor:
+    """The rows of hidden (B, L, d) replaced by their edits, in a new tensor."""
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    whole = rows.index.numel() == flat.shape[0]
+    edited = call(intervention, flat if whole else flat.index_select(0, rows.index), rows, batch, hidden.shape[1])
+    return (edited if whole else flat.index_copy(0, rows.index, edited)).view_as(hidden)
+
+
+def call(method: Any, h: Tensor, rows: "Rows", batch: "Batch", columns: int) -> Tensor:
+    """An intervention, or its `edit`, called with what it wants to know of its rows h (N, d)."""
+    intervention = getattr(method, "__self__", method)
+    more = {"rows": rows.index // columns, "choice": batch.choice} if intervention.needs_choice else {}
+    edited: Tensor = method(h, rows.segments, **more)
+    return edited
+
+
+def edit_routed(layer: "ReftLayer", hidden: Tensor, batch: "Batch") -> Tensor:
+    """hidden (B, L, d) with each row edited by the adapter that `batch.adapter_names` names for it."""
+    adapters = batch.adapters
+    if layer.routes is None or layer.routes[0] != adapters:
+        layer.routes = (adapters, plan(layer, adapters))
+    for step in layer.routes[1]:
+        if len(step.adapters) == 1 or torch.is_grad_enabled():  # a bank's weights have no gradient
+            for name, intervention in zip(step.adapters, step.interventions, strict=True):
+                rows = batch.rows(name, step.positions, step.group, hidden, intervention.couples_positions)
+                if rows is not None:
+                    hidden = replace_rows(hidden, rows, intervention, batch)
+            continue
+        slots = batch.slots(step.adapters, step.positions, step.group, hidden)
+        if slots is None:
+            continue
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        selected = flat.index_select(0, slots.index)
+        edited = (selected + step.edit(selected, slots)).to(hidden.dtype)
+        hidden = flat.index_copy(0, slots.index, edited).view_as(hidden)
+    return hidden
