@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-oldest lint install install-dev
+.PHONY: demo test test-oldest peers lint install install-dev
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
 
@@ -30,6 +30,12 @@ test-oldest: install-dev
 	test -d $(OLDEST)/transformers || $(BIN)/pip install --quiet --target $(OLDEST) --constraint constraints.txt 'transformers==5.0.0'
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/integration tests/tuner tests/properties tests/checkpoint \
 		-m 'not real' -k 'not (jamba or recurrent_gemma or eurobert or chunked or prompt_lookup)'
+
+# What benchmarks/against_pyreft.py compares with: pyreft and the old packages it needs, beside our own.
+peers: install-dev
+	$(BIN)/pip install --quiet --target .peers/pyreft 'transformers==4.57.6' 'huggingface-hub<1' 'datasets<5' evaluate \
+		matplotlib plotnine scikit-learn sentencepiece protobuf
+	$(BIN)/pip install --quiet --target .peers/pyreft --no-deps 'accelerate<2' pyreft==0.1.0 pyvene==0.1.8
 
 lint: install-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

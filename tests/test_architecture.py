@@ -20,7 +20,7 @@ HOUSE = [
     {"gguf_cache"},
     {"models"},
     {"checkpoint"},
-    {"api"},
+    {"api", "cost"},
     {"data", "explaining"},
     {"reftune"},
     {"train"},

@@ -39,7 +39,13 @@ def load_model(name: str, *, dtype: Any = None, device_map: Any = None, **kwargs
 
 
 def load_adapted(
-    adapter_dir: str, *, dtype: Any = None, device_map: Any = None, is_trainable: bool = False, **kwargs: Any
+    adapter_dir: str,
+    *,
+    dtype: Any = None,
+    device_map: Any = None,
+    is_trainable: bool = False,
+    rank: int | None = None,
+    **kwargs: Any,
 ) -> tuple[Any, Any]:
     """An adapter on the base model that its `adapter_config.json` names: (PeftModel, tokenizer).
 
@@ -47,8 +53,11 @@ def load_adapted(
         adapter_dir: a directory, or a hub id, with `adapter_config.json` in it.
         dtype, device_map, **kwargs: for the base, see `load_model`.
         is_trainable: load to train on; otherwise every parameter is frozen.
+        rank: load the adapter's first `rank` rows alone (see `nested` in `ReftConfig`); None loads all.
     """
     from peft import PeftConfig, PeftModel
+
+    from reftune.tuner import ReftConfig
 
     path = Path(adapter_dir)
     looks_local = path.exists() or path.is_absolute() or str(adapter_dir).count("/") != 1
@@ -67,8 +76,23 @@ def load_adapted(
             f"The adapter in {adapter_dir} is for task_type {config.task_type}, and load_adapted loads causal language "
             "models only. Load its base with the right Auto class and use PeftModel.from_pretrained."
         )
+    if rank is not None:
+        if not isinstance(config, ReftConfig):
+            raise ValueError(f"rank={rank} is for ReFT adapters, but the one in {adapter_dir} is a {config.peft_type}.")
+        config = ReftConfig.from_pretrained(str(adapter_dir), rank=rank)
     model, tokenizer = load_model(base, dtype=dtype, device_map=device_map, **kwargs)
-    return PeftModel.from_pretrained(model, str(adapter_dir), is_trainable=is_trainable), tokenizer
+    config = None if rank is None else config  # PEFT reads it again, with what it was told
+    return PeftModel.from_pretrained(model, str(adapter_dir), is_trainable=is_trainable, config=config), tokenizer
+
+
+def load_shape(name: str) -> Any:
+    """The causal language model that `load_model(name)` would load, on the meta device: no weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(_resolve(str(name))[0])
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config).eval()
 
 
 def default_dtype(device_map: Any = None) -> Any:

@@ -76,6 +76,9 @@ def test_explain_and_info_look_at_an_adapter(trained: tuple[Path, str]) -> None:
     shown = CliRunner().invoke(app, ["info", adapter], catch_exceptions=False).stdout
     assert "Positions" in shown
     assert "f2+l2" in shown
+    shown = CliRunner().invoke(app, ["info", adapter, "--cost", "--new", "3"], catch_exceptions=False).stdout
+    assert "128 prompt tokens and 3 new ones" in shown
+    assert "by the closed form" in shown
 
 
 def test_set_needs_a_key_and_a_value() -> None:

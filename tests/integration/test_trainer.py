@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainingArguments
 from conftest import tiny_llama
 from reftune import ReftConfig, get_reft_model
 from reftune.interventions.orthogonal import orthonormality_error
+from reftune.tuner import batch as batches
 
 
 def reft(dtype: torch.dtype = torch.float32, **settings: Any) -> PeftModel:
@@ -164,7 +165,9 @@ class Seen(TrainerCallback):
 
         def note(module: Any, inputs: Any, output: Any) -> None:
             batch = module.session.batch
-            self.rows += [sorted(r.index.tolist()) for r in batch._rows.values() if r is not None]
+            self.rows += [
+                sorted(found.index.tolist()) for found in batch._found.values() if isinstance(found, batches.Rows)
+            ]
 
         layer.register_forward_hook(note)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from torch import Tensor, nn
 
 from conftest import tiny_llama
@@ -48,6 +48,12 @@ def test_defaults() -> None:
         "bias": "learned",
         "init_weights": True,
         "intervention_kwargs": {},
+        "subspaces": None,
+        "stack": None,
+        "between": None,
+        "nested": False,
+        "orthogonal_to": None,
+        "lora": None,
         "representations": None,
         "modules_to_save": None,
         "exclude_modules": None,
@@ -179,6 +185,14 @@ CONFIGS = {
     "kwargs": lambda: ReftConfig(intervention="reft_r1", intervention_kwargs={"topk": 3}),
     "a module": lambda: ReftConfig(intervention=LoreftIntervention(32, 2, dropout=0.1)),
     "a class": lambda: ReftConfig(intervention=RedIntervention),
+    "subspaces": lambda: ReftConfig(r=3, subspaces={"b": 2, "a": 1}, intervention="direft"),
+    "a stack": lambda: ReftConfig(stack=[1, 2], between="tanh"),
+    "nested": lambda: ReftConfig(r=4, nested=[1, 4]),
+    "all ranks nested": lambda: ReftConfig(nested=True),
+    "a LoRA part": lambda: ReftConfig(lora=LoraConfig(r=2, target_modules=["v_proj", "q_proj"])),
+    "representations of several forms": lambda: ReftConfig(
+        representations=[{"layer": 0, "stack": [1, 2]}, {"layer": 1, "r": 2, "subspaces": {"a": 2}}, {"layer": 2}]
+    ),
     "pyreft's dict": lambda: ReftConfig(representations={**GIVEN, "intervention": LoreftIntervention(32, 2)}),
     "pyreft's list": lambda: ReftConfig(
         representations=[{"layer": 0}, {"component": "model.layers[1].mlp.output", "intervention": RedIntervention}]
@@ -300,6 +314,17 @@ def test_each_of_two_models_saves_its_own_shape(tmp_path: Path) -> None:
         ({"representations": "layer 3"}, "representations must be a dict or a list of dicts, but is 'layer 3'"),
         ({"representations": {"layer": 1, "r": 2, "intervention": LoreftIntervention(8, 4)}}, "r=2, but .* rank 4"),
         ({"representations": {"layer": 1, "rank": 2}}, r"unknown keys \['rank'\]"),
+        ({"subspaces": {"a": 2, "b": 3}}, r"divide 5 rows, but r=4: set r=5"),
+        ({"subspaces": ["a", "b"]}, "subspaces must be a dict such as"),
+        ({"subspaces": {"a": 4}, "nested": True}, "subspaces and nested cannot be had at once"),
+        ({"stack": [1, 2], "nested": True}, "stack and nested cannot be had at once"),
+        ({"stack": [1, 2], "intervention": "red"}, r"stack=\[1, 2\] needs a kind of the low-rank family"),
+        ({"nested": True, "intervention": "postblock"}, "nested=True needs a kind of the low-rank family"),
+        ({"stack": "1,2"}, "stack must be a list of ranks"),
+        ({"between": "gelu"}, "between='gelu' is a function between the stages of a stack: set stack"),
+        ({"stack": [1], "between": "gleu"}, "Unknown act_fn 'gleu'"),
+        ({"nested": [5]}, "between 1 and r=4"),
+        ({"representations": {"layer": 1, "stack": [0]}}, "stack must be a list of ranks"),
     ],
 )
 def test_errors_come_with_the_config_where_they_can(settings: dict, message: str) -> None:
@@ -324,6 +349,10 @@ def test_errors_come_with_the_config_where_they_can(settings: dict, message: str
         # the second of two, when the first is built already
         ({"representations": [{"layer": 0}, {"layer": 2, "intervention": LoreftIntervention(16, 2)}]}, "width 16"),
         ({"representations": [{"layer": 0}, {"layer": 0}]}, "same site and positions twice"),
+        ({"stack": [1, 40]}, "rank 40 does not fit hidden states of width 32"),
+        ({"r": 40, "subspaces": {"a": 20, "b": 20}}, r"between 1 and the width .*\(32\), but is 40"),
+        ({"orthogonal_to": ["other"]}, "'other', which this model does not have"),
+        ({"lora": "a name"}, "lora must be a peft.LoraConfig or its dict, but is 'a name'"),
     ],
 )
 def test_what_the_model_must_tell_is_an_error_that_leaves_it_alone(settings: dict, message: str) -> None:

@@ -54,8 +54,14 @@ def test_adapters_are_added_switched_combined_and_deleted():
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {
         n for n, _ in model.named_parameters() if ".other." in n
     }
-    model.base_model.set_adapter(["default", "other"])
+    model.set_adapter(["default", "other"])
     both = logits(model)
+    assert model.active_adapters == ["default", "other"]
+    with pytest.raises(ValueError, match="Adapter third not found"):
+        model.set_adapter(["default", "third"])
+    with pytest.raises(ValueError, match="no adapter"):
+        model.set_adapter([])
+    assert torch.equal(logits(model), both)
     assert not torch.allclose(both, first)
     assert not torch.allclose(both, second)
     model.set_adapter("default")

@@ -4,3 +4,4 @@ from .info import AdapterInfo as AdapterInfo
 from .info import describe as describe
 from .pyreft import load_pyreft as load_pyreft
 from .save import install as install
+from .truncate import truncate as truncate

@@ -176,11 +176,38 @@ def _table(config: ReftConfig, base: str, sites: Sequence[str], parameters: int,
         ("Layers", (layers or "none with a number") + (f" of {depth}" if depth and layers else "")),
         ("Component", ", ".join(f"`{name}`" for name in components)),
         *((("Rank", ", ".join(ranks)),) if ranks else ()),
+        *_forms(config),
         ("Size", f"{parameters:,} parameters, {nbytes / 1000:,.1f} kB on disk"),
     ]
     if config.modules_to_save:
         rows.append(("Trained and saved whole", ", ".join(f"`{name}`" for name in config.modules_to_save)))
     return ["| | |", "|---|---|", *(f"| {name} | {_cell(text)} |" for name, text in rows)]
+
+
+def _forms(config: ReftConfig) -> list[tuple[str, str]]:
+    """What else makes the adapter what it is: its parts, and what it was trained with."""
+    rows = []
+    for edit in config.edits()[:1]:
+        if edit["subspaces"]:
+            rows.append(
+                ("Subspaces", ", ".join(f"`{name}`: {rank}" for name, rank in sorted(edit["subspaces"].items())))
+            )
+        if edit["stack"]:
+            between = f", `{edit['between']}` between" if edit["between"] else ""
+            rows.append(("Stack", f"stages of rank {', '.join(map(str, edit['stack']))}{between}"))
+        if edit["nested"]:
+            ranks = "every rank" if edit["nested"] is True else f"the ranks {', '.join(map(str, edit['nested']))}"
+            rows.append(("Nested", f"trained for {ranks}; `reftune.load_adapted(..., rank=k)` loads the first k rows"))
+    if config.orthogonal_to:
+        rows.append(("Orthogonal to", ", ".join(f"`{name}`" for name in config.orthogonal_to)))
+    if config.lora:
+        rows.append(("LoRA part", f"rank {config.lora['r']} on {', '.join(map(str, _targets(config.lora)))}"))
+    return rows
+
+
+def _targets(lora: Mapping[str, object]) -> list[object]:
+    targets = lora["target_modules"]
+    return sorted(targets) if isinstance(targets, (list, set, tuple)) else [targets]
 
 
 def _snippet(base: str, task: str | None, base_class: str) -> list[str]:

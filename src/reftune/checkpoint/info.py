@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -139,17 +140,19 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _site(path: str, where: str, group: str, weights: Mapping[str, Tensor], config: dict[str, Any]) -> SiteInfo:
     kind = _kind(path, where, group, config)
     known = INTERVENTIONS.get(kind)
-    matrices = [tensor for tensor in weights.values() if tensor.ndim == 2]
-    rows = weights.get("R")
+    own = {name: tensor for name, tensor in weights.items() if ".others_" not in f".{name}"}  # what it stays out of
+    matrices = [tensor for tensor in own.values() if tensor.ndim == 2]
+    rows = [tensor for name, tensor in own.items() if name.rpartition(".")[2] == "R"]
     error = None
-    if rows is not None and known is not None and known.orthonormal:
-        error = float(orthonormality_error(rows))
+    if rows and known is not None and known.orthonormal:
+        divided = any(name.startswith("subspace_") for name in own)  # then orthonormal as a whole
+        error = max(float(orthonormality_error(r)) for r in ([torch.cat(rows)] if divided else rows))
     return SiteInfo(
         name=f"{path}.{where}" if path else where,
         positions=group,
         kind=kind,
-        rank=int(matrices[0].shape[0]) if matrices else None,
-        parameters=sum(tensor.numel() for tensor in weights.values()),
+        rank=sum(len(r) for r in rows) or (int(matrices[0].shape[0]) if matrices else None),
+        parameters=sum(tensor.numel() for tensor in own.values()),
         dtype=_each(str(tensor.dtype).removeprefix("torch.") for tensor in weights.values()),
         orthonormality_error=error,
     )

@@ -102,7 +102,11 @@ def load_pyreft(
     entries = []
     for representation, kind, file, expression in zip(representations, types, files, terms, strict=True):
         intervention = _read_intervention(file, kind, representation.low_rank_dimension, act_fn)
-        entry = {"component": representation.component, "positions": expression, "intervention": intervention}
+        entry: dict[str, Any] = {
+            "component": representation.component,
+            "positions": expression,
+            "intervention": intervention,
+        }
         if representation.component in COMPONENTS:
             entry["layer"] = representation.layer
         entries.append(entry)

@@ -17,7 +17,7 @@ from ..tuner import ReftConfig, ReftLayer
 from ..tuner.atomic import WEIGHTS, commit_config, save_atomically
 from .card import model_card
 
-_MARK = "<!-- reftune -->"
+MARK = "<!-- reftune -->"
 _BLANK = "This model card has been automatically generated."  # transformers' template, which tells nothing
 
 
@@ -68,7 +68,7 @@ def _restore_card(model: PeftModel, directory: Path) -> None:
     _write_card(model, "default", directory, directory)
     card = ModelCard.load(directory / "README.md")
     new = [tag for tag in tags if tag not in card.data.tags and tag != "transformers"]
-    if new and _MARK in card.content:
+    if new and MARK in card.content:
         card.data.tags += new
         card.save(directory / "README.md")
 
@@ -87,7 +87,7 @@ def _place(directory: Path, adapter_name: str) -> Path:
 def _write_card(model: PeftModel, adapter_name: str, directory: Path, target: Path) -> None:
     """The card of one adapter; one that a person has rewritten (no mark) stays theirs."""
     old = _place(target, adapter_name) / "README.md"
-    if old.exists() and not any(mark in old.read_text(encoding="utf-8") for mark in (_MARK, _BLANK)):
+    if old.exists() and not any(mark in old.read_text(encoding="utf-8") for mark in (MARK, _BLANK)):
         return
     base = model.get_base_model()
     sites, parameters = [], 0
@@ -104,4 +104,4 @@ def _write_card(model: PeftModel, adapter_name: str, directory: Path, target: Pa
         nbytes=weights.stat().st_size if weights.exists() else parameters * 4,
         base_class=type(base).__name__,
     )
-    (directory / "README.md").write_text(f"{card.rstrip()}\n\n{_MARK}\n", encoding="utf-8")
+    (directory / "README.md").write_text(f"{card.rstrip()}\n\n{MARK}\n", encoding="utf-8")

@@ -4,6 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
+from reftune.cli.bench import bench_app
 from reftune.cli.flags import overrides, recipe_flags
 
 app = typer.Typer(
@@ -13,6 +14,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(bench_app, name="bench")
 
 AdapterOption = Annotated[str | None, typer.Option("--adapter", help="Directory (or hub id) of an adapter.")]
 ModelOption = Annotated[
@@ -94,11 +96,19 @@ def explain(
 
 
 @app.command()
-def info(adapter: Annotated[str, typer.Argument(metavar="DIR", help="Directory of an adapter.")]) -> None:
+def info(
+    adapter: Annotated[str, typer.Argument(metavar="DIR", help="Directory of an adapter.")],
+    cost: Annotated[bool, typer.Option("--cost", help="Count operations beside the base's.")] = False,
+    prompt: Annotated[int, typer.Option("--prompt", min=1, help="Prompt tokens that --cost counts.")] = 128,
+    new: Annotated[int, typer.Option("--new", min=0, help="Generated tokens that --cost counts.")] = 256,
+) -> None:
     """Show what an adapter is: its size, what it edits, its base, and how orthonormal it is."""
     from reftune.cli.info import info as run
+    from reftune.cli.info import print_cost
 
     run(adapter)
+    if cost:
+        print_cost(adapter, prompt, new)
 
 
 @app.command()

@@ -37,6 +37,19 @@ def info(adapter: str, console: "Console | None" = None) -> AdapterInfo:
     return found
 
 
+def print_cost(adapter: str, prompt: int, new: int) -> None:
+    """Print what the adapter adds to the work of its base; needs the base's config, not its weights."""
+    from peft import PeftConfig, get_peft_model
+
+    from reftune.cost import cost
+    from reftune.models import load_shape
+
+    config = PeftConfig.from_pretrained(adapter)
+    if not config.base_model_name_or_path:
+        raise ValueError(f"The adapter in {adapter} does not name its base model, so its work cannot be counted.")
+    print(cost(get_peft_model(load_shape(config.base_model_name_or_path), config), prompt, new))
+
+
 def _summary(found: AdapterInfo) -> list[tuple[str, str]]:
     shape = found.base_model_shape
     base = found.base_model or "not named"

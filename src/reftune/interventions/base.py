@@ -14,18 +14,22 @@ One of your own is a subclass with a formula and a decorator:
 
 import contextlib
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from .choice import Choice
+from .slim import SlimModule
+
 Bias = Literal["learned", "frozen", "none"]
 
+_NO_SETTINGS: Mapping[str, Any] = {}  # one for all modules without any
 INTERVENTIONS: dict[str, type["Intervention"]] = {}
 
 
-class Intervention(nn.Module):
+class Intervention(SlimModule):
     """h + dropout(Δ(h)), the frame that every kind shares.
 
     Args:
@@ -43,7 +47,8 @@ class Intervention(nn.Module):
     has_rank: ClassVar[bool] = True
     orthonormal: ClassVar[bool] = False  # R has orthonormal rows
     couples_positions: ClassVar[bool] = False  # Δ of one token depends on other tokens of its prompt
-    needs_choice: ClassVar[bool] = False  # wants `rows` (N,), the batch row of each h, and the pass's `choice`
+    needs_choice: bool = False  # wants `rows` (N,), the batch row of each h, and the pass's `choice`
+    subspaces: tuple[str, ...] = ()  # names by which parts of the edit are switched on and off
     setting_names: ClassVar[tuple[str, ...]] = ()  # what the kind reads from `self.settings`
 
     b: nn.Parameter | Tensor | None
@@ -85,7 +90,7 @@ class Intervention(nn.Module):
         self.dropout = dropout
         self.bias_mode = bias
         self.init_weights = init_weights
-        self.settings = settings
+        self.settings = settings or _NO_SETTINGS
         with torch.device(device) if device is not None else contextlib.nullcontext():
             self.reset_parameters()
         if dtype is not None:
@@ -99,22 +104,46 @@ class Intervention(nn.Module):
         """Δ(h), (..., d) → (..., d). `segments` (N,) numbers the prompt of each row when h is a list of rows."""
         raise NotImplementedError
 
-    def forward(self, h: Tensor, segments: Tensor | None = None) -> Tensor:
-        """The edited h, (..., d) → (..., d), computed in fp32 or wider and returned in the dtype of h."""
+    def forward(
+        self,
+        h: Tensor,
+        segments: Tensor | None = None,
+        rows: Tensor | None = None,
+        choice: Choice | None = None,
+        edit_only: bool = False,
+    ) -> Tensor:
+        """The edited h, (..., d) → (..., d), computed in fp32 or wider and returned in the dtype of h.
+
+        `rows` (N,) are the batch rows of h (N, d) and `choice` is what the forward pass chooses for them; kinds that
+        set `needs_choice` get both. `edit_only` returns what is added to h instead, in fp32 or wider.
+        """
         if h.shape[-1] != self.embed_dim:
             raise ValueError(
                 f"This {type(self).__name__} edits hidden states of width {self.embed_dim}, "
                 f"but the last dimension of {tuple(h.shape)} is {h.shape[-1]}."
             )
-        edit = self.edit(h, segments)
-        return (h + edit).to(h.dtype)
+        edit = self.edit(h, segments, rows, choice) if self.needs_choice else self.edit(h, segments)
+        return edit if edit_only else (h + edit).to(h.dtype)
 
-    def edit(self, h: Tensor, segments: Tensor | None = None) -> Tensor:
+    def edit(
+        self, h: Tensor, segments: Tensor | None = None, rows: Tensor | None = None, choice: Choice | None = None
+    ) -> Tensor:
         """What is added to h, (..., d) → (..., d): Δ with its dropout, in fp32 or wider."""
         wide = h.to(torch.promote_types(h.dtype, torch.float32))
         with torch.autocast(device_type=h.device.type, enabled=False):
             edit = self.delta(wide, segments) if self.couples_positions else self.delta(wide)
             return nn.functional.dropout(edit, self.dropout, self.training)
+
+    def directions(self) -> tuple[Tensor, Tensor] | None:
+        """Rows (k, d) that span what the edit writes, and rows (l, d) that span what it reads of h, as they are now.
+
+        None if it writes or reads all directions, or if the kind does not say: then nothing can be `orthogonal_to` it.
+        """
+        return None
+
+    def righted(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """This module's state dict with the tensors as the next forward pass would make them, to be saved."""
+        return state
 
     def config(self) -> dict[str, Any]:
         """What a config must say to build this module again (its weights aside)."""

@@ -1,6 +1,6 @@
 """`Choice`: what one forward pass chooses for its interventions: the subspaces of each row, the rank of a nested one.
 
-One object a pass, so that all sites draw the same rank, and a recomputation under gradient checkpointing draws it again.
+One object a pass: all sites draw the same rank, and a recomputation under gradient checkpointing draws it again.
 """
 
 from collections.abc import Iterable, Sequence

@@ -14,70 +14,16 @@ With R, W: r×d and b: r, and f = act_fn or the identity:
 
 import math
 import warnings
-from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from .base import Intervention, in_precision_of, register_intervention
-from .orthogonal import can_retract, orthonormal_rows, retract_, rows_at_manifold
+from .base import register_intervention
+from .rows import LowRankIntervention as LowRankIntervention
 
 
-class LowRankIntervention(Intervention):
-    """R (r, d) with or without orthonormal rows; the other parameters are the kind's own."""
-
-    R: nn.Parameter
-    W: nn.Parameter  # of the kinds with a learned source
-
-    sharded = False  # FSDP2 holds R in pieces: what a forward writes into the gathered copy would be lost
-    _settled: "_Settled | None" = None
-    _fresh: int | None = None  # version of R that `retract_all` put right for the forward that follows
-
-    def rows(self) -> Tensor:
-        """R (r, d) to compute with, fp32 or wider; orthonormal if the kind says so."""
-        if not self.orthonormal:
-            return self.R
-        if self._learns():
-            self._settled = None
-            fresh, self._fresh = self._fresh, None
-            if self.sharded or not can_retract(self.R) or not isinstance(self.R, nn.Parameter):
-                return orthonormal_rows(self.R)
-            if fresh is None or fresh != self.R._version:
-                retract_([self.R])
-            return rows_at_manifold(self.R)
-        if self.sharded:
-            return orthonormal_rows(self.R.detach())
-        if torch.compiler.is_compiling():
-            return self.R if can_retract(self.R) else orthonormal_rows(self.R.detach())
-        # After training R was last touched by the optimiser: put it right once, then never again.
-        if self._settled is None or not self._settled.holds(self.R):
-            self._settled = _Settled(self.R)
-        return self._settled.rows
-
-    def train(self, mode: bool = True) -> "LowRankIntervention":
-        self._settled = None  # R may have been written through `.data`, which leaves no trace
-        super().train(mode)
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_settled": None, "_fresh": None}  # a copy has memory of its own
-
-    def _learns(self) -> bool:
-        return torch.is_grad_enabled() and self.R.requires_grad
-
-    def _shape(self) -> tuple[int, int]:
-        assert self.low_rank_dimension is not None
-        return self.low_rank_dimension, self.embed_dim
-
-    def _make_rows(self) -> None:
-        rows = torch.randn(self._shape(), dtype=torch.float32)
-        if self.orthonormal:
-            rows = rows if rows.is_meta else orthonormal_rows(rows)
-        else:
-            rows = rows / math.sqrt(self.embed_dim)
-        self.R = nn.Parameter(rows)
+class _Sourced(LowRankIntervention):
+    """A kind with the learned source f(Wh + b)."""
 
     def _linear(self) -> tuple[Tensor, Tensor]:
         """W and b as `nn.Linear` starts them, which is how pyreft starts its learned source."""
@@ -91,50 +37,15 @@ class LowRankIntervention(Intervention):
                 f"{type(self).__name__} with act_fn={self.act_fn!r} has no start that leaves h as it is and learns, so "
                 "the edit is not zero at step 0: it starts as pyreft does. Pass init_weights=False to say so yourself.",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
 
-    def _source(self, h: Tensor) -> Tensor:
-        w, b = in_precision_of(h, self.W, self.b)
+    def _source(self, h: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         source = nn.functional.linear(h, w, b)
         return source if self._activation is None else self._activation(source)
 
 
-class _Settled:
-    """The orthonormal rows of an R, good until something is written to it."""
-
-    def __init__(self, parameter: Tensor) -> None:
-        retract_([parameter])
-        self.source = parameter.detach()  # kept, so that its memory cannot become another tensor's
-        self.rows = self.source if can_retract(parameter) else orthonormal_rows(self.source)
-        self.version = None if parameter.is_inference() else parameter._version
-
-    def holds(self, parameter: Tensor) -> bool:
-        if parameter.is_inference() or parameter._version != self.version:
-            return False
-        if self.rows.is_inference() and not torch.is_inference_mode_enabled():
-            return False  # autograd refuses it
-        return parameter.dtype == self.source.dtype and parameter.data_ptr() == self.source.data_ptr()
-
-
-def retract_all(interventions: Iterable[nn.Module]) -> None:
-    """Before a training forward: put every R that learns on orthonormal rows, in one batched QR for all sites.
-
-    The forward that follows takes them as they are. Modules without such an R are passed over; one whose R is a
-    DTensor is marked as sharded and sees to its rows itself.
-    """
-    ready = []
-    for module in interventions:
-        if isinstance(module, LowRankIntervention) and module.orthonormal and module.R.requires_grad:
-            module.sharded = module.sharded or isinstance(module.R, DTensor)
-            if can_retract(module.R) and not module.sharded:
-                ready.append(module)
-    retract_([module.R for module in ready])
-    for module in ready:
-        module._fresh = module.R._version
-
-
-class _Replace(LowRankIntervention):
+class _Replace(_Sourced):
     """h + Rᵀ(f(Wh + b) − Rh): the subspace is replaced by the learned source."""
 
     def reset_parameters(self) -> None:
@@ -148,10 +59,14 @@ class _Replace(LowRankIntervention):
         self._register_bias(b)
 
     def delta(self, h: Tensor, segments: Tensor | None = None) -> Tensor:
-        rows, w, b = in_precision_of(h, self.rows(), self.W, self.b)
+        rows, w, b = self.tensors(h)
         if self._activation is None:  # Wh − Rh = (W − R)h, folded once: exactly zero where W = R
             return nn.functional.linear(h, w - rows, b) @ rows
-        return (self._source(h) - nn.functional.linear(h, rows)) @ rows
+        return (self._source(h, w, b) - nn.functional.linear(h, rows)) @ rows
+
+    def directions(self) -> tuple[Tensor, Tensor]:
+        rows = self.rows().detach()
+        return rows, torch.cat([rows, self.W.detach().to(rows.dtype)])
 
 
 @register_intervention("loreft")
@@ -166,7 +81,7 @@ class NoreftIntervention(_Replace):
     """NoReFT: LoReFT's formula with R unconstrained (pyreft). 2rd + r numbers."""
 
 
-class _Add(LowRankIntervention):
+class _Add(_Sourced):
     """h + Rᵀ f(Wh + b): the learned source is added."""
 
     def reset_parameters(self) -> None:
@@ -180,7 +95,12 @@ class _Add(LowRankIntervention):
         self._register_bias(b)
 
     def delta(self, h: Tensor, segments: Tensor | None = None) -> Tensor:
-        return self._source(h) @ self.rows().to(h.dtype)
+        rows, w, b = self.tensors(h)
+        return self._source(h, w, b) @ rows
+
+    def directions(self) -> tuple[Tensor, Tensor]:
+        rows = self.rows().detach()
+        return rows, self.W.detach().to(rows.dtype)
 
 
 @register_intervention("direft")
@@ -218,8 +138,12 @@ class ConsreftIntervention(_Constant):
     orthonormal = True
 
     def delta(self, h: Tensor, segments: Tensor | None = None) -> Tensor:
-        rows, b = in_precision_of(h, self.rows(), self.b)
+        rows, _, b = self.tensors(h)
         return (b - nn.functional.linear(h, rows)) @ rows
+
+    def directions(self) -> tuple[Tensor, Tensor]:
+        rows = self.rows().detach()
+        return rows, rows
 
 
 @register_intervention("lobireft")
@@ -236,6 +160,10 @@ class LobireftIntervention(_Constant):
         return torch.zeros(self._shape()[0])
 
     def delta(self, h: Tensor, segments: Tensor | None = None) -> Tensor:
-        rows, b = in_precision_of(h, self.rows(), self.b)
+        rows, _, b = self.tensors(h)
         edit: Tensor = b @ rows
         return edit.expand_as(h)
+
+    def directions(self) -> tuple[Tensor, Tensor]:
+        rows = self.rows().detach()
+        return rows, rows[:0]

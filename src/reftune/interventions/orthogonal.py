@@ -9,6 +9,9 @@ gradient is the one of the QR factorisation at that point, in closed form (`rows
 
 so a training step costs one batched QR and no backward through it, the scale of R cannot drift, weight decay cannot
 shrink it, and what is saved is R bit for bit. The QR with a positive diagonal leaves orthonormal rows as they are.
+
+`beside=B` (k, d), orthonormal rows too, keeps R in the complement of B: the QR is that of [B; R] and its last r rows
+are taken, which are orthogonal to B to machine precision however R lies, and ∂L/∂R loses its part G Bᵀ B.
 """
 
 from collections import defaultdict
@@ -20,24 +23,31 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 _TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-13}
+_TOLERANCE_ACROSS = {torch.float32: 5e-7, torch.float64: 1e-13}  # a QR's error lies on the diagonal mostly
 
 
-def orthonormal_rows(matrix: Tensor) -> Tensor:
+def orthonormal_rows(matrix: Tensor, beside: Tensor | None = None) -> Tensor:
     """The nearest-by-QR matrix with orthonormal rows; rows that are orthonormal already come back bit for bit.
 
     Shapes: (..., r, d) → (..., r, d), r ≤ d, else ValueError. Computed in fp32 (fp64 stays fp64), returned in that
-    precision. Differentiable by torch's own QR backward.
+    precision. Differentiable by torch's own QR backward. The rows come out orthogonal to those of `beside`
+    (..., k, d) too, which are orthonormal; k + r ≤ d then.
     """
-    if matrix.shape[-2] > matrix.shape[-1]:
-        raise ValueError(f"{matrix.shape[-2]} rows of width {matrix.shape[-1]} cannot all be orthogonal: take fewer.")
+    if matrix.shape[-2] + (0 if beside is None else beside.shape[-2]) > matrix.shape[-1]:
+        kept = "" if beside is None else f" beside {beside.shape[-2]} others"
+        raise ValueError(
+            f"{matrix.shape[-2]} rows of width {matrix.shape[-1]} cannot all be orthogonal{kept}: take fewer."
+        )
     wide = matrix if matrix.dtype == torch.float64 else matrix.float()
+    first = 0 if beside is None else beside.shape[-2]
     with torch.autocast(device_type=wide.device.type, enabled=False):
-        q, t = torch.linalg.qr(wide.mT, mode="reduced")
+        stacked = wide if beside is None else torch.cat([beside.to(wide), wide], dim=-2)
+        q, t = torch.linalg.qr(stacked.mT, mode="reduced")
         sign = torch.where(t.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(q.dtype)
-        projected = (q * sign.unsqueeze(-2)).mT
+        projected = (q * sign.unsqueeze(-2)).mT[..., first:, :]
         if wide.requires_grad:
             return projected
-        return torch.where(_is_orthonormal(wide), wide, projected)
+        return torch.where(are_orthonormal(wide, beside), wide, projected)
 
 
 def orthonormality_error(rows: Tensor) -> Tensor:
@@ -46,6 +56,15 @@ def orthonormality_error(rows: Tensor) -> Tensor:
     with torch.autocast(device_type=wide.device.type, enabled=False):
         gram = wide @ wide.mT
     return (gram - torch.eye(rows.shape[-2], dtype=gram.dtype, device=gram.device)).abs().amax(dim=(-2, -1))
+
+
+def are_orthonormal(rows: Tensor, beside: Tensor | None = None) -> Tensor:
+    """Whether rows (..., r, d) are orthonormal, and orthogonal to `beside` (..., k, d), to rounding: (..., 1, 1)."""
+    if beside is None or not beside.shape[-2]:
+        return _is_orthonormal(rows)
+    with torch.autocast(device_type=rows.device.type, enabled=False):
+        across = (rows @ beside.to(rows).mT).abs().amax(dim=(-2, -1))[..., None, None]
+    return _is_orthonormal(rows) & (across <= _TOLERANCE_ACROSS[rows.dtype])
 
 
 def _is_orthonormal(rows: Tensor) -> Tensor:
@@ -58,36 +77,49 @@ def can_retract(parameter: Tensor) -> bool:
 
 
 @torch.no_grad()
-def retract_(parameters: Iterable[Tensor]) -> None:
-    """Pull every R back onto orthonormal rows in place, one batched QR for each (shape, dtype, device)."""
-    groups: dict[Any, list[Tensor]] = defaultdict(list)
-    for parameter in parameters:
+def retract_(parameters: Iterable[Tensor], beside: Iterable[Tensor | None] | None = None) -> None:
+    """Pull every R back onto orthonormal rows in place, one batched QR for each (shape, dtype, device).
+
+    `beside` has an entry for each parameter: None, or the orthonormal rows (k, d) that R stays orthogonal to.
+    """
+    parameters = list(parameters)
+    groups: dict[Any, list[tuple[Tensor, Tensor | None]]] = defaultdict(list)
+    for parameter, other in zip(parameters, beside or [None] * len(parameters), strict=True):
         if can_retract(parameter):
-            groups[parameter.shape, parameter.dtype, parameter.device].append(parameter)
-    for (_, dtype, device), group in groups.items():
-        stacked = torch.stack([p.detach() for p in group])
+            key = parameter.shape, parameter.dtype, parameter.device, 0 if other is None else other.shape[0]
+            groups[key].append((parameter, other))
+    for (_, dtype, device, kept), group in groups.items():
+        stacked = torch.stack([p.detach() for p, _ in group])
+        others = torch.stack([o.to(stacked) for _, o in group if o is not None]) if kept else None
         # On the CPU the check is free and usually saves the QR (accumulation, recomputation, inference);
         # elsewhere it would be a synchronisation, so the choice is made on the device, matrix by matrix.
-        if device.type == "cpu" and bool(_is_orthonormal(stacked).all()):
+        if device.type == "cpu" and not torch.compiler.is_compiling() and bool(are_orthonormal(stacked, others).all()):
             continue
-        for parameter, rows in zip(group, orthonormal_rows(stacked), strict=True):
+        for (parameter, _), rows in zip(group, orthonormal_rows(stacked, others), strict=True):
             parameter.copy_(rows.to(dtype))
 
 
 class _RowsAtManifold(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, beside: Tensor | None, symmetric: bool) -> Tensor:
         value = rows.clone()  # the parameter may be rewritten in place before the backward
-        ctx.save_for_backward(value)
+        ctx.save_for_backward(value, beside)
+        ctx.symmetric = symmetric
         return value
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-        (rows,) = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        rows, beside = ctx.saved_tensors
         gram = grad @ rows.mT
-        return grad - (gram.tril() + gram.tril(-1).mT) @ rows
+        sym = 0.5 * (gram + gram.mT) if ctx.symmetric else gram.tril() + gram.tril(-1).mT
+        out = grad - sym @ rows
+        return (out if beside is None else out - (grad @ beside.mT) @ beside), None, None
 
 
-def rows_at_manifold(rows: Tensor) -> Tensor:
-    """R itself, with the gradient of the QR factorisation; R (r, d) must have orthonormal rows already."""
-    return _RowsAtManifold.apply(rows)  # type: ignore[no-untyped-call,no-any-return]
+def rows_at_manifold(rows: Tensor, beside: Tensor | None = None, symmetric: bool = False) -> Tensor:
+    """R itself, with the gradient of the QR factorisation of [beside; R]; R (r, d) must have orthonormal rows already,
+    orthogonal to those of `beside` (k, d).
+
+    `symmetric=True` gives the gradient of the polar factor instead, which treats all rows alike (see `together`).
+    """
+    return _RowsAtManifold.apply(rows, beside, symmetric)  # type: ignore[no-untyped-call,no-any-return]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Intervention, in_precision_of, register_intervention
-from .lowrank import LowRankIntervention
+from .rows import LowRankIntervention
 
 
 @register_intervention("red")
@@ -62,6 +62,10 @@ class ReftR1Intervention(LowRankIntervention):
             return strength.expand_as(tokens).reshape(latent.shape).unsqueeze(-1) * rows.view(-1)
         return _topk_mean(latent, segments, self.topk).unsqueeze(-1) * rows.view(-1)
 
+    def directions(self) -> tuple[Tensor, Tensor]:
+        rows = self.rows().detach()
+        return rows, rows
+
 
 def _topk_mean(latent: Tensor, segments: Tensor, k: int) -> Tensor:
     """Mean of the k largest latents of each segment, handed back to its rows: (N,), (N,) → (N,)."""
@@ -98,3 +102,6 @@ class PostBlockIntervention(Intervention):
     def delta(self, h: Tensor, segments: Tensor | None = None) -> Tensor:
         down, up = in_precision_of(h, self.W_down, self.W_up)
         return nn.functional.silu(nn.functional.linear(h, down)) @ up
+
+    def directions(self) -> tuple[Tensor, Tensor]:
+        return self.W_up.detach(), self.W_down.detach()

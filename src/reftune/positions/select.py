@@ -63,7 +63,9 @@ def check_prompts(places: Layout, terms: Iterable[Term]) -> None:
     if all(term.name == "all" for term in terms):
         return
     missing = (places.generated >= 0) & (places.length == 0)
-    if bool(missing.any()):
+    if torch.compiler.is_compiling():  # no look at values inside a graph; without compilation the error says more
+        torch._assert_async(~missing.any(), "The labels of a row leave no prompt: its first token is labelled already.")
+    elif bool(missing.any()):
         row = int(missing.any(dim=1).long().argmax())
         raise NoPromptError(
             f"The labels of row {row} leave no prompt: its first token is labelled already, so there is no prompt "

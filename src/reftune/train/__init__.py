@@ -1,4 +1,4 @@
-"""Train an adapter from a recipe with plain `transformers.Trainer`.
+"""Train an adapter: from a recipe, or with `ReftTrainer`, which leaves out what the frozen base makes unnecessary.
 
 from reftune.train import load_recipe, train
 result = train(load_recipe("recipes/emoji.yaml"))
@@ -7,14 +7,20 @@ result.output_dir, result.size
 
 from reftune.train.recipe import DataSection, ModelSection, Recipe, ReftSection, TrainSection
 from reftune.train.recipe_file import RecipeError, load_recipe, save_recipe, to_yaml
+from reftune.train.reuse import DiskStore, MemoryStore
 from reftune.train.run import TrainResult, train
+from reftune.train.trainer import ReftTrainer, ReusesFrozenBase
 
 __all__ = [
     "DataSection",
+    "DiskStore",
+    "MemoryStore",
     "ModelSection",
     "Recipe",
     "RecipeError",
     "ReftSection",
+    "ReftTrainer",
+    "ReusesFrozenBase",
     "TrainResult",
     "TrainSection",
     "load_recipe",

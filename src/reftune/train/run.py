@@ -1,4 +1,4 @@
-"""`train(recipe)`: the base model, the data and `transformers.Trainer`, put together as the recipe says.
+"""`train(recipe)`: the base model, the data and `ReftTrainer`, put together as the recipe says.
 
     result = train(load_recipe("recipes/emoji.yaml"))
 
@@ -44,9 +44,10 @@ def train(
     Raises:
         RecipeError: the recipe asks for what cannot be, such as no data, or `resume` against `overwrite`.
     """
-    from transformers import Trainer, set_seed
+    from transformers import set_seed
 
     from reftune import get_reft_model
+    from reftune.train.trainer import ReftTrainer
 
     say = say or printer()
     output_dir = Path(recipe.train.output_dir)
@@ -66,13 +67,17 @@ def train(
     say(str(model.trainable_parameters()))
     say(first_step_table(model, tokenizer, rows.rows[0]))
     arguments = training_arguments(recipe)
-    trainer = Trainer(
+    trainer = ReftTrainer(
         model=model,
         args=arguments,
         train_dataset=rows.rows,
         eval_dataset=eval_rows,
         data_collator=ReftDataCollator(tokenizer),
         callbacks=[ProgressCallback()],
+        reuse=recipe.train.reuse,
+        reuse_budget=recipe.train.reuse_budget,
+        reuse_dir=recipe.train.reuse_dir,
+        say=say,
     )
     _quiet(trainer)
     save_recipe(recipe, output_dir / "recipe.yaml")

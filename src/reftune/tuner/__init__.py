@@ -7,3 +7,4 @@ from .model import ReftModel as ReftModel
 from .model import TrainableParameters as TrainableParameters
 
 registration.register(ReftConfig, ReftModel)
+registration.accept_several()

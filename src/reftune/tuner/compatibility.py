@@ -2,11 +2,9 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..interventions import LowRankIntervention, orthonormal_rows
 from ..positions import parse
 from ..sites import Site
 from .layer import ReftLayer
@@ -75,11 +73,9 @@ def with_orthonormal_rows(model: nn.Module, adapter_name: str, state: dict[str, 
     state = {key: value.full_tensor() if isinstance(value, DTensor) else value for key, value in state.items()}
     for name, layer in _layers(model):
         for attribute, intervention in _of(layer, adapter_name):
-            key = f"{name}.{attribute}.{adapter_name}.R"
-            if isinstance(intervention, LowRankIntervention) and intervention.orthonormal and key in state:
-                rows = state[key].detach()
-                if rows.dtype in (torch.float32, torch.float64):  # a narrower one is put right when it is used
-                    state[key] = orthonormal_rows(rows)
+            prefix = f"{name}.{attribute}.{adapter_name}."
+            own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            state |= {prefix + key: value for key, value in intervention.righted(own).items()}
     return state
 
 
@@ -119,7 +115,7 @@ def _layers(model: nn.Module) -> list[tuple[str, ReftLayer]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, ReftLayer)]
 
 
-def _of(layer: ReftLayer, adapter_name: str) -> list[tuple[str, nn.Module]]:
+def _of(layer: ReftLayer, adapter_name: str) -> list[tuple[str, Any]]:
     return [
         (a, getattr(layer, a)[adapter_name]) for a in layer.adapter_layer_names if adapter_name in getattr(layer, a)
     ]

@@ -7,11 +7,23 @@ from typing import Any, Literal
 
 from peft.config import PeftConfig
 
-from ..interventions import Intervention, intervention_class, kind_of
+from ..interventions import (
+    Intervention,
+    LowRankIntervention,
+    check_stack,
+    check_subspaces,
+    intervention_class,
+    kind_of,
+)
+from ..interventions.base import activation
+from ..interventions.nested import nested_ranks
 from ..positions import groups, parse
 from .registration import PEFT_TYPE
 
-_EDIT = ("r", "intervention", "act_fn", "dropout", "bias", "init_weights", "intervention_kwargs")
+_EDIT = (
+    *("r", "intervention", "act_fn", "dropout", "bias", "init_weights", "intervention_kwargs"),
+    *("subspaces", "stack", "between", "nested"),
+)
 
 
 @dataclass
@@ -33,6 +45,13 @@ class ReftConfig(PeftConfig):
         bias: "learned", "frozen" or "none".
         init_weights: True starts with an edit that is exactly zero; False starts as pyreft does.
         intervention_kwargs: further arguments of the intervention's class.
+        subspaces: task → rows: the r rows are divided among tasks, trained and switched on apart (see
+            `reftune.interventions.subspaces`).
+        stack: ranks of several interventions at each site, one after the other; r is then their sum.
+        between: function through which a stage of the stack sees the edits before it, or None.
+        nested: True, or a list of ranks: train so that the first k rows are a good adapter of rank k.
+        orthogonal_to: adapters of the same model whose directions this one stays out of, at the sites they share.
+        lora: a `LoraConfig` (or its dict): a LoRA adapter that is part of this one (see `reftune.tuner.with_lora`).
         modules_to_save: further modules to train and save whole, such as a classification head.
         representations: pyreft's form, a dict or a list of dicts with "layer" (or a path in "component"),
             "component", "intervention" (a module, whose weights are used), "low_rank_dimension", and optionally
@@ -52,6 +71,12 @@ class ReftConfig(PeftConfig):
     intervention_kwargs: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "Further arguments of the intervention's class."}
     )
+    subspaces: dict[str, int] | None = field(default=None, metadata={"help": "Task → rows of its own, of the r."})
+    stack: list[int] | None = field(default=None, metadata={"help": "Ranks of interventions one after the other."})
+    between: str | None = field(default=None, metadata={"help": "Function between the stages of a stack."})
+    nested: bool | list[int] = field(default=False, metadata={"help": "Train all ranks up to r, or these, at once."})
+    orthogonal_to: list[str] | None = field(default=None, metadata={"help": "Adapters to stay out of the way of."})
+    lora: Any = field(default=None, metadata={"help": "A LoRA adapter that belongs to this one."})
     representations: Any = field(default=None, metadata={"help": "pyreft's form: one dict per site."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules to train and save whole."})
     exclude_modules: list[str] | None = field(default=None, metadata={"help": "Not used; TRL and PEFT read it."})
@@ -65,7 +90,12 @@ class ReftConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = PEFT_TYPE
         self.from_file = self.base_model_shape is not None  # then it must fit the base; a new one fits any
+        self.rows_kept: int | None = None  # of a saved adapter that is loaded at a lower rank
         self._given: dict[int, Intervention] = {}
+        if isinstance(self.orthogonal_to, str):
+            self.orthogonal_to = [self.orthogonal_to]
+        if isinstance(self.lora, PeftConfig):
+            self.lora = plain_config(self.lora)
         if isinstance(self.intervention, Intervention):
             self._given[0] = self.intervention
             for key, value in self.intervention.config().items():
@@ -74,12 +104,16 @@ class ReftConfig(PeftConfig):
             self.intervention = _kind(self.intervention)
         if self.representations is not None:
             self._read_representations()
+        elif self.stack is not None:
+            check_stack(self.stack)
+            self.r = sum(self.stack)
         for edit in self.edits():
             parse(edit["positions"])
             cls = intervention_class(edit["intervention"])
             rank = edit["r"]
             if cls.has_rank and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
                 raise ValueError(f"r must be a whole number of at least 1, but is {rank!r}.")
+            _check_form(edit)
         if self.bias not in ("learned", "frozen", "none"):
             raise ValueError(f'bias must be "learned", "frozen" or "none", but is {self.bias!r}.')
 
@@ -109,6 +143,9 @@ class ReftConfig(PeftConfig):
             if isinstance(given, Intervention):
                 self._given[number] = given
                 edit |= given.config()
+            elif edit["stack"] is not None:
+                check_stack(edit["stack"])
+                edit |= {"intervention": given, "r": sum(edit["stack"])}
             else:
                 edit["intervention"] = _kind(given) if isinstance(given, type) else given
                 edit["r"] = entry.get("low_rank_dimension", edit["r"])
@@ -148,8 +185,13 @@ class ReftConfig(PeftConfig):
         return asdict(self)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, rank: int | None = None, **kwargs: Any
+    ) -> Any:
         """The config of a saved adapter.
+
+        With `rank`, that of its first `rank` rows: `PeftModel.from_pretrained(model, path, config=config)` then loads
+        those alone (see `truncation`). ValueError where the rows cannot be cut.
 
         `adapter_model.safetensors` carries the config it was saved with; where a save was cut off between the two
         files, that one holds, because it belongs to the weights.
@@ -158,12 +200,56 @@ class ReftConfig(PeftConfig):
         from .atomic import config_beside_weights
 
         committed = config_beside_weights(os.path.join(pretrained_model_name_or_path, subfolder or ""))
-        if committed is None:
-            return config
-        return cls.from_peft_type(**cls.check_kwargs(**json.loads(committed)))
+        if committed is not None:
+            config = cls.from_peft_type(**cls.check_kwargs(**json.loads(committed)))
+        if rank is not None:
+            from .truncation import truncate_config
+
+            truncate_config(config, rank)
+        return config
 
 
 def _kind(cls: type) -> str:
     if not issubclass(cls, Intervention):
         raise ValueError(f"intervention must be a kind, a reftune.Intervention or its class, but is {cls.__name__}.")
     return kind_of(cls)
+
+
+def _check_form(edit: dict[str, Any]) -> None:
+    """Subspaces, a stack and nested ranks: one of them, and what it says can be meant."""
+    cls = intervention_class(edit["intervention"])
+    chosen = [key for key in ("subspaces", "stack", "nested") if edit[key] not in (None, False)]
+    if len(chosen) > 1:
+        raise ValueError(f"{chosen[0]} and {chosen[1]} cannot be had at once: choose one.")
+    if chosen and not (issubclass(cls, LowRankIntervention) and cls.has_rank):
+        raise ValueError(
+            f"{chosen[0]}={edit[chosen[0]]!r} needs a kind of the low-rank family, such as 'loreft', but intervention "
+            f"is {edit['intervention']!r}."
+        )
+    if edit["subspaces"] is not None:
+        check_subspaces(edit["subspaces"])
+        if sum(edit["subspaces"].values()) != edit["r"]:
+            raise ValueError(
+                f"subspaces={edit['subspaces']!r} divide {sum(edit['subspaces'].values())} rows, but r={edit['r']}: "
+                f"set r={sum(edit['subspaces'].values())}."
+            )
+    if edit["nested"]:
+        nested_ranks(edit["nested"], edit["r"])
+    if edit["between"] is not None:
+        if edit["stack"] is None:
+            raise ValueError(f"between={edit['between']!r} is a function between the stages of a stack: set stack.")
+        activation(None if edit["between"] == "linear" else edit["between"])
+
+
+def plain_config(config: PeftConfig) -> dict[str, Any]:
+    """A config of PEFT as plain data that goes into JSON: sets become lists, enums their values."""
+    plain: dict[str, Any] = json.loads(json.dumps(config.to_dict(), default=_plain))
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    raise ValueError(f"The LoRA config holds {value!r}, which a saved adapter cannot: {type(value).__name__}.")

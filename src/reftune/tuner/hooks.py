@@ -67,6 +67,8 @@ def _handles(module: nn.Module) -> dict[str, Any]:
 
 
 def _edit_output(module: Any, args: Any, output: Any) -> Any:
+    if module._modules["edit_output"].session.state.idle:  # a decode step, mostly: cost it next to nothing
+        return output
     if isinstance(output, tuple):
         return (module.edit_output(output[0]), *output[1:])
     if isinstance(output, Tensor):
@@ -81,6 +83,8 @@ def _edit_output(module: Any, args: Any, output: Any) -> Any:
 
 
 def _edit_input(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if module._modules["edit_input"].session.state.idle:
+        return args, kwargs
     if args and isinstance(args[0], Tensor):
         return (module.edit_input(args[0]), *args[1:]), kwargs
     for name in ("hidden_states", "x", "input", "inputs"):

@@ -34,6 +34,8 @@ class ReftLayer(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter_name: str, positions: str, interventions: dict[str, Intervention]) -> None:
         """Give the adapter one intervention for each group of terms of `positions`."""
         self.routes = None
+        if self not in self.session.layers:
+            self.session.layers.append(self)
         for group, intervention in interventions.items():
             attribute = f"reft_{group}"
             if attribute not in self.adapter_layer_names:
@@ -65,9 +67,13 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         names: Any = self.active_adapters
         mix = batch.mix
         source = hidden if mix is not None and mix.how == "sum" else None
+        dense = torch.compiler.is_compiling() and mix is None
         for adapter, strength in mix.active().items() if mix else dict.fromkeys(names, 1.0).items():
             for positions, group in self.groups.get(adapter, ()):
                 intervention: Intervention = getattr(self, f"reft_{group}")[adapter]
+                if dense and not (intervention.couples_positions or intervention.needs_choice):
+                    hidden = batch.edit_masked(positions, group, hidden, intervention)
+                    continue
                 rows = batch.rows(adapter, positions, group, hidden, intervention.couples_positions)
                 if rows is not None and mix is None:
                     hidden = replace_rows(hidden, rows, intervention, batch)
@@ -82,9 +88,14 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         return hidden
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        super().set_adapter(adapter_names, inference_mode=inference_mode)
-        active: Any = self.active_adapters
-        self.session.active = active
+        """Train (or use, with `inference_mode`) these; only what was active and what becomes it is looked at."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        before: Any = self.active_adapters
+        for name in dict.fromkeys([*before, *names]):
+            for intervention in self.interventions(name):
+                intervention.requires_grad_(name in names and not inference_mode)
+        self._active_adapter = names
+        self.session.active = names
 
     def enable_adapters(self, enabled: bool) -> None:
         super().enable_adapters(enabled)

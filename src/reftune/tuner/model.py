@@ -2,27 +2,32 @@
 the base model's module tree or parameter names changes."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, _delete_auxiliary_adapter
 from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils.other import _set_adapter
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..interventions import Intervention, intervention_class
+from ..interventions.slim import pack
 from ..sites import Site, find_sites
-from . import compatibility
+from . import compatibility, with_lora
+from .baking import Baked, bake
+from .building import build, taken_at
 from .config import ReftConfig
 from .generate import bind, unbind
 from .hooks import CHILD, attach, detach, watch_checkpointing, watch_model
 from .layer import ReftLayer
+from .merging import merge as merge_adapters
+from .parts import expect_others, make_room, others_at_sites, train_only, use_subspaces
 from .registration import PREFIX
 from .session import ATTRIBUTE, Session
+from .truncation import truncate_state
 
 
 @dataclass(frozen=True)
@@ -66,33 +71,43 @@ class ReftModel(BaseTuner):
         kwargs.pop("state_dict", None)  # the config says where to edit
         config: ReftConfig = self.peft_config[adapter_name]
         try:
+            with_lora.add(model, adapter_name, config, self.active_adapters, self.peft_config)
             self._plan(model, adapter_name, config)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
             del self.peft_config[adapter_name]
             self._forget(model, adapter_name)
             raise
-        for name, module in list(model.named_modules()):
-            if isinstance(module, ReftLayer) and adapter_name in module.groups:
-                self.session.interventions.setdefault(adapter_name, []).extend(module.interventions(adapter_name))
-                for positions, _ in module.groups[adapter_name]:
-                    self.session.positions.setdefault(adapter_name, set()).add(positions)
-                self._watch(model, name.rpartition(".")[0])
+        session = self.session
+        layers = [layer for layer in session.layers if adapter_name in layer.groups]
+        session.interventions[adapter_name] = [i for layer in layers for i in layer.interventions(adapter_name)]
+        session.positions[adapter_name] = tuple({p: None for layer in layers for p, _ in layer.groups[adapter_name]})
+        for path in self._sites.keys() - set(session.watched):
+            self._watch(model, path)
+            session.watched.append(path)
+        if adapter_name not in self.active_adapters:
+            pack(session.interventions[adapter_name])
 
     def _plan(self, model: nn.Module, adapter_name: str, config: ReftConfig) -> None:
         """Find the sites of every edit before anything is touched: `self._sites` maps a path to what goes there."""
-        shape = compatibility.base_shape(model)
+        session: Session = model.__dict__.setdefault(ATTRIBUTE, Session(model))
+        session.shape = shape = session.shape or compatibility.base_shape(model)  # one for all adapters
         if config.from_file and config.base_model_shape is not None:
             compatibility.check_same(config.base_model_shape, shape, adapter_name)
         config.base_model_shape = shape
-        if ATTRIBUTE not in model.__dict__:
-            model.__dict__[ATTRIBUTE] = Session(model)
         self._sites: dict[str, list[tuple[Site, dict[str, Any]]]] = {}
         for edit in config.edits():
-            for site in find_sites(model, edit["layers"], edit["component"]):
+            wanted = str(edit["layers"]), str(edit["component"])
+            if wanted not in session.sites:
+                session.sites[wanted] = find_sites(model, edit["layers"], edit["component"])
+            for site in session.sites[wanted]:
                 compatibility.check_decoder(model, site, edit["positions"])
                 self._sites.setdefault(site.path, []).append((site, edit))
         config.target_modules = sorted(self._sites)
+        if with_lora.lora_of(model) is not None:
+            with_lora.check_sites(model, self._sites)
+        every = [site for at in self._sites.values() for site, _ in at]
+        self._others = others_at_sites(model, config, adapter_name, every, self.peft_config)
 
     def _check_target_module_exists(self, peft_config: ReftConfig, key: str) -> bool:  # type: ignore[override]
         return key in self._sites  # exactly: "layers.1" is not "layers.11"
@@ -109,9 +124,13 @@ class ReftModel(BaseTuner):
     ) -> None:
         for site, edit in self._sites[current_key]:
             child = CHILD[site.where]
+            others = self._others.get((site.path, site.where))
+            taken = taken_at(others, str(site)) if others else None
             interventions = {
-                group: _build(edit, self.model, target, site) for group in peft_config.groups(edit["positions"])
+                group: build(edit, self.model, target, site, taken) for group in peft_config.groups(edit["positions"])
             }
+            if peft_config.orthogonal_to and peft_config.from_file:
+                expect_others(interventions.values())
             layer: Any = getattr(target, child, None)
             if layer is None:
                 layer = ReftLayer(self.model.__dict__[ATTRIBUTE])
@@ -145,6 +164,7 @@ class ReftModel(BaseTuner):
         for module in model.modules():
             if isinstance(module, (ReftLayer, AuxiliaryTrainingWrapper)):
                 keep |= {id(p) for p in module.parameters()}
+        keep |= {id(p) for p in with_lora.lora_parameters(model)}
         for parameter in model.parameters():
             if id(parameter) not in keep:
                 parameter.requires_grad = False
@@ -155,8 +175,27 @@ class ReftModel(BaseTuner):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Adapters are made in fp32 (fp64 for an fp64 base) and stay so: R in bf16 is orthonormal to 1e-3 at best."""
         self.session.needs_wrapper = True  # only a PeftModel asks for this; transformers' own add_adapter has none
+        if adapter_name not in self.active_adapters:  # called again when the weights are loaded
+            for intervention in self.session.interventions.get(adapter_name, ()):
+                intervention.slim()
 
     # -- use -----------------------------------------------------------------------------------------------------
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make these adapters the active ones, in this order; the time does not depend on how many others there are."""
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        if any(config.modules_to_save or config.trainable_token_indices for config in self.peft_config.values()):
+            _set_adapter(self.model, names, inference_mode=inference_mode)
+        for layer in self.session.layers:
+            layer.set_adapter(names, inference_mode=inference_mode)
+        self.session.active, self.session.mix = names, None
+        self.active_adapter = adapter_name
+        with_lora.activate(self.model, names, self.peft_config, inference_mode)
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        super()._enable_adapter_layers(enabled)
+        if enabled:  # PEFT makes all of an active adapter trainable
+            with_lora.activate(self.model, self.active_adapters, self.peft_config)
 
     def disable_adapter_layers(self) -> None:
         """Disable all adapters: the model is the base model again, bit for bit."""
@@ -173,7 +212,54 @@ class ReftModel(BaseTuner):
             active = [next(iter(self.peft_config))]
         _delete_auxiliary_adapter(self.model, adapter_name=adapter_name, new_active_adapters=active)
         self.set_adapter(active)
-        self.session.active = active
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "sum",
+        rank: int | None = None,
+    ) -> Baked:
+        """Bake adapters into a new one that computes the same: "sum", h + Σ wᵢ Δᵢ(h), or "sequence", each editing what
+        the one before it left, h ← h + wᵢ Δᵢ(h). Ranks add up; `rank` asks for the nearest edit of that rank instead.
+
+        Returns the ranks and the relative errors of the edits (0 where exact, see `Form.nearest`). Raises ValueError,
+        with nothing added, for kinds that are not affine, for a sum of edits whose tokens overlap without being the
+        same, for unknown adapters, and for weights that are not finite.
+        """
+        return bake(self, adapters, weights, adapter_name, combination_type, rank)
+
+    def train_only(self, subspaces: Any = None, stage: Any = None, adapter_name: str | None = None) -> None:
+        """Train one part of an adapter (the active ones if None): some of its subspaces, `train_only(subspaces="b")`,
+        or stages of its stack, `train_only(stage=1)`. The other parts are frozen, bit for bit; without arguments
+        everything is trained again. Call it before the optimiser is made. ValueError for parts that are not there.
+        """
+        train_only(self.session, self._names(adapter_name), subspaces, stage)
+
+    def set_subspaces(self, names: Any = None, adapter_name: str | None = None) -> None:
+        """Let these subspaces of an adapter act (the active ones if None) wherever a call does not choose with
+        `subspaces=`; None for all. ValueError for subspaces that are not there."""
+        use_subspaces(self.session, self._names(adapter_name), names)
+
+    def train_parts(self, parts: str = "both", adapter_name: str | None = None) -> None:
+        """Of an adapter with a LoRA part, train "lora", "reft" or "both"."""
+        with_lora.train_parts(self.model, parts, self._names(adapter_name), self.peft_config)
+
+    def disable_lora(self) -> AbstractContextManager[None]:
+        """`with model.disable_lora():` ReFT acts alone."""
+        return with_lora.without_lora(self.model)
+
+    def disable_reft(self) -> AbstractContextManager[None]:
+        """`with model.disable_reft():` LoRA acts alone."""
+        return with_lora.without_reft(self.model)
+
+    def _names(self, adapter_name: str | None) -> list[str]:
+        names = self.active_adapters if adapter_name is None else [adapter_name]
+        for name in names:
+            if name not in self.peft_config:
+                raise ValueError(f"There is no adapter {name!r}; this model has {sorted(self.peft_config)}.")
+        return names
 
     def _forget(self, model: nn.Module, adapter_name: str) -> None:
         layer: Any
@@ -194,7 +280,11 @@ class ReftModel(BaseTuner):
         if session is not None:
             session.interventions.pop(adapter_name, None)
             session.positions.pop(adapter_name, None)
+            session.layers = [layer for layer in session.layers if layer.groups]
+            edited = {id(target) for target in model.modules() if any(c in target._modules for c in CHILD.values())}
+            session.watched = [path for path in session.watched if id(model.get_submodule(path)) in edited]
             session.active = [n for n in session.active if n != adapter_name]
+        with_lora.remove(model, adapter_name)
 
     def _unload_and_optionally_merge(
         self,
@@ -204,10 +294,8 @@ class ReftModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         if merge:
-            raise ValueError(
-                "A ReFT adapter edits some tokens only, so it cannot be merged into the weights. Use unload() for the "
-                "base model without the adapter."
-            )
+            merge_adapters(self, adapter_names, safe_merge)
+        with_lora.unload(self.model)
         for name in list(self.peft_config):
             self._forget(self.model, name)
         for module in self.model.modules():
@@ -235,6 +323,7 @@ class ReftModel(BaseTuner):
         unknown = set(names) - set(self.peft_config) - {"__base__"}
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+        with_lora.check_not_mixed(self.model, names)
         state.adapter_names = list(names)
         try:
             yield
@@ -256,6 +345,14 @@ class ReftModel(BaseTuner):
         return compatibility.with_orthonormal_rows(model, adapter_name, state)
 
     @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """The adapter's name stands after the group, also before the parts of an intervention."""
+        before, found, after = key.partition(".reft_")
+        if not found:
+            return super()._remove_adapter_name_from_key(key, adapter_name)
+        return f"{before}{found}{after.replace(f'.{adapter_name}.', '.', 1)}"
+
+    @classmethod
     def _get_learnable_bias_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return {}  # `bias` is the intervention's b, which is among its parameters
 
@@ -263,11 +360,15 @@ class ReftModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Any]
     ) -> dict[str, Any]:
+        if config.rows_kept is not None:
+            state_dict = truncate_state(state_dict, config.rows_kept)
+        make_room(model, adapter_name, state_dict)
         remapped = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
         try:
             compatibility.check_keys(model, adapter_name, remapped)
+            with_lora.check_keys(model, adapter_name, remapped)
         except ValueError:
             tuner = getattr(model, "base_model", None)
             if isinstance(tuner, ReftModel):
@@ -275,39 +376,6 @@ class ReftModel(BaseTuner):
                 tuner.peft_config.pop(adapter_name, None)
             raise
         return remapped
-
-
-def _build(edit: dict[str, Any], model: nn.Module, target: nn.Module, site: Site) -> Intervention:
-    import copy
-
-    width = compatibility.site_width(model, target, site)
-    like = next((p for p in target.parameters() if p.is_floating_point()), None)
-    given: Intervention | None = edit["given"]
-    if given is not None:
-        if width is not None and given.embed_dim != width:
-            raise ValueError(
-                f"The intervention edits hidden states of width {given.embed_dim}, but those at '{site}' have width "
-                f"{width}: build it with embed_dim={width}."
-            )
-        module = copy.deepcopy(given)
-    else:
-        if width is None:
-            raise ValueError(
-                f"The width of the hidden states at '{site}' is not told by the model: pass an intervention that "
-                "knows it, LoreftIntervention(embed_dim=...)."
-            )
-        module = intervention_class(edit["intervention"])(
-            embed_dim=width,
-            low_rank_dimension=edit["r"],
-            act_fn=edit["act_fn"],
-            dropout=edit["dropout"],
-            bias=edit["bias"],
-            init_weights=edit["init_weights"],
-            **edit["intervention_kwargs"],
-        )
-    device = like.device if like is not None and not like.is_meta else None
-    dtype = torch.float64 if like is not None and like.dtype == torch.float64 else torch.float32
-    return module.to(dtype=dtype) if any(p.is_meta for p in module.parameters()) else module.to(device, dtype)
 
 
 def _numel(parameter: nn.Parameter) -> int:

@@ -4,6 +4,10 @@ Importing this adds the member `PeftType.REFT`; `register` then hands PEFT our c
 adapter therefore loads only after `import reftune`.
 """
 
+import functools
+from typing import Any
+
+from peft import PeftModel
 from peft.utils import PeftType, register_peft_method
 
 NAME = "reft"
@@ -50,3 +54,26 @@ def register(config_cls: type, model_cls: type) -> None:
             "reftune cannot register its own beside it."
         )
     register_peft_method(name=NAME, config_cls=config_cls, model_cls=model_cls, prefix=PREFIX)
+
+
+def accept_several() -> None:
+    """Let `PeftModel.set_adapter` take a list, as a tuner's own does; PEFT's takes one name."""
+    original = PeftModel.set_adapter
+    if getattr(original, "_reftune", False):
+        return
+
+    @functools.wraps(original)
+    def set_adapter(self: PeftModel, adapter_name: str | list[str], *args: Any, **kwargs: Any) -> None:
+        if isinstance(adapter_name, str) or self.peft_type != PEFT_TYPE:
+            return original(self, adapter_name, *args, **kwargs)
+        for name in adapter_name:
+            if name not in self.peft_config:
+                raise ValueError(f"Adapter {name} not found.")
+        if not adapter_name:
+            raise ValueError("set_adapter got no adapter: use disable_adapter() for the base model.")
+        self.active_adapter = adapter_name[0]
+        self.base_model.set_adapter(list(adapter_name), *args, **kwargs)
+        return None
+
+    set_adapter._reftune = True  # type: ignore[attr-defined]
+    PeftModel.set_adapter = set_adapter  # type: ignore[method-assign]

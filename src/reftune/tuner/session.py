@@ -18,37 +18,50 @@ from torch import Tensor, nn
 from ..interventions import retract_all
 from ..interventions.choice import Choice
 from ..positions import parse
+from ..sites import Site
 from .batch import Batch, Inputs, Prompt, call_arguments
 from .mix import Mix
 
 ATTRIBUTE = "_reft_session"
 
 
-class _State(threading.local):
-    """Per thread, so that a server may generate from several threads."""
-
-    batch: Batch | None = None
-    prompt: Prompt | None = None  # of the `generate` that is running
-    wrapped: bool = False  # the pass came through the PeftModel
-    adapter_names: list[str] | None = None
-    mix: Mix | None = None
-    subspaces: Any = None  # of the `generate` that is running
+class _State:
+    """What is running in one thread."""
 
     def __init__(self) -> None:
-        self.open: list[int] = []
+        self.open: list[int] = []  # ids of the modules whose forward is running, outermost first
+        self.batch: Batch | None = None
+        self.idle = False  # a pass is running, and it is known that it edits nothing
+        self.prompt: Prompt | None = None  # of the `generate` that is running
+        self.subspaces: Any = None  # of the same
+        self.wrapped = False  # the pass came through the PeftModel
+        self.adapter_names: list[str] | None = None
+        self.mix: Mix | None = None
+
+
+class _Threads(threading.local):
+    """A state per thread, so that a server may generate from several. `torch.compile` forgets what is written to a
+    threading.local, not what is written to an object in one."""
+
+    def __init__(self) -> None:
+        self.state = _State()
 
 
 class Session:
     """What the ReFT layers of one base model share."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.state = _State()
-        self.positions: dict[str, set[str]] = {}  # adapter → its expressions
+        self._threads = _Threads()
+        self.positions: dict[str, tuple[str, ...]] = {}  # adapter → its expressions
+        self.layers: list[Any] = []  # the ReftLayers of the model
+        self.shape: dict[str, Any] = {}
+        self.sites: dict[tuple[str, str], list[Site]] = {}  # (layers, component) → the base's sites, which stay
+        self.watched: list[str] = []  # paths of modules with a layer, whose surroundings are watched
         self.active: list[str] = []
         self.mix: Mix | None = None  # takes the place of `active` where there is one
         self.enabled = True
         self.needs_wrapper = False
-        self.interventions: dict[str, list[nn.Module]] = {}
+        self.interventions: dict[str, list[Any]] = {}
         config = getattr(model, "config", None)
         generates = getattr(model, "can_generate", None)
         # Labels mark the answer only in a causal language model: token classification labels its prompt.
@@ -59,17 +72,22 @@ class Session:
 
     # Copied with the model, but what is running stays with the original.
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "state"}
+        return {k: v for k, v in self.__dict__.items() if k != "_threads"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.state = _State()
+        self._threads = _Threads()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Session":
         twin = self.__class__.__new__(self.__class__)
         memo[id(self)] = twin
         twin.__setstate__({k: copy.deepcopy(v, memo) for k, v in self.__getstate__().items()})
         return twin
+
+    @property
+    def state(self) -> _State:
+        """This thread's."""
+        return self._threads.state
 
     @property
     def batch(self) -> Batch | None:
@@ -117,10 +135,12 @@ class Session:
             kwargs = {k: v for k, v in kwargs.items() if k not in ("prompt_mask", "subspaces")}
         if len(state.open) > 1:
             return kwargs
-        state.batch = self._batch(module, args, kwargs, prompt_mask) if self.editing else None
-        if subspaces is not None and state.batch is not None:
-            state.batch.choice = self._choice(subspaces, state.batch)
-        if self.editing and torch.is_grad_enabled() and module.training:
+        editing = self.editing
+        state.batch = self._batch(module, args, kwargs, prompt_mask) if editing else None
+        state.idle = state.batch is None or state.batch.nothing
+        if state.batch is not None and not state.idle:
+            state.batch.choice = Choice() if subspaces is None else self._choice(subspaces, state.batch)
+        if editing and torch.is_grad_enabled() and module.training:
             self._retract()
         return kwargs
 
@@ -132,7 +152,7 @@ class Session:
         del state.open[state.open.index(id(module)) :]
         if state.open:
             return
-        batch, state.batch = state.batch, None
+        batch, state.batch, state.idle = state.batch, None, False
         if batch is None or output is None or batch.inputs.shape is None:
             return
         prompt = batch.prompt
@@ -188,9 +208,10 @@ class Session:
         return Batch(inputs, prompt, names, mix)
 
     def _choice(self, subspaces: Any, batch: Batch) -> Choice:
-        """What was chosen, checked, and repeated for beams as generate repeats its rows."""
+        """What was chosen, checked, and repeated as generate repeats its rows for beams."""
         rows = batch.inputs.shape[0] if batch.inputs.shape else None
-        if rows is not None and isinstance(subspaces, (list, tuple)) and subspaces and rows % len(subspaces) == 0:
+        several = isinstance(subspaces, (list, tuple)) and bool(subspaces) and self.state.prompt is not None
+        if rows is not None and several and rows % len(subspaces) == 0:
             subspaces = [entry for entry in subspaces for _ in range(rows // len(subspaces))]
         choice = Choice(subspaces)
         modules = (module for name in self.names for module in self.interventions.get(name, ()))

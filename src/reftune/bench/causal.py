@@ -1,0 +1,172 @@
+"""Commonsense, arithmetic and instruction following on a causal model: one training, then every task scored."""
+
+import time
+from typing import Any
+
+import torch
+
+from reftune.data import PromptTemplate, ReftDataCollator
+from reftune.models import load_model
+
+from . import scoring
+from .judge import make_judge, win_rate
+from .methods import Counts
+from .metrics import right
+from .runs import Setup, train_method
+from .tasks import Item, TextTask, task
+from .training import Fit
+
+Result = tuple[Counts, Fit, dict[str, dict[str, float]], dict[str, float], dict[str, float]]
+
+
+def run(setup: Setup) -> Result:
+    """One run: counts, training, {task: metrics} on the test rows, the selection metrics, seconds."""
+    job = setup.job
+    started = time.perf_counter()
+    model, tokenizer = load_model(job.model, dtype=job.settings["dtype"])
+    if torch.accelerator.is_available():
+        model.to(torch.accelerator.current_accelerator())
+    model.config.use_cache = False
+    loaded = time.perf_counter()
+    words = Words(tokenizer, job.settings["template"])
+    rows = [
+        row
+        for name in job.train_tasks
+        for item in items(name, setup.parts[name].train)
+        if (row := words.training_row(item, setup.train.max_length)) is not None
+    ]
+    collator = ReftDataCollator(tokenizer)
+    model, counts, fitted = train_method(setup, model, rows, collator, [])
+    model.config.use_cache = True
+    begun, cpu = time.perf_counter(), time.process_time()
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=setup.train.bf16):
+        held = [item for name in job.train_tasks for item in items(name, setup.parts[name].select)]
+        selection = {"loss": mean_loss(model, words, held, collator, setup)} if held else {}
+        if setup.job.settings["sweep"]["by"] == "score" and job.stage == "sweep":
+            scores = [
+                evaluate(model, words, name, items(name, setup.parts[name].select), collator, setup)
+                for name in job.train_tasks
+            ]
+            firsts = [s[task(n).metrics[0].name] for n, s in zip(job.train_tasks, scores, strict=True)]
+            signs = [1 if task(n).metrics[0].higher else -1 for n in job.train_tasks]
+            selection["score"] = sum(s * f for s, f in zip(signs, firsts, strict=True)) / len(firsts)
+        metrics: dict[str, dict[str, float]] = {}
+        for name in job.tasks if job.stage == "final" else ():
+            metrics[name] = evaluate(model, words, name, items(name, setup.parts[name].test), collator, setup)
+    seconds = {
+        "load": loaded - started,
+        "evaluate": time.perf_counter() - begun,
+        "evaluate_cpu": time.process_time() - cpu,
+    }
+    return counts, fitted, metrics, selection, seconds
+
+
+def items(name: str, rows: list[dict[str, Any]]) -> list[Item]:
+    """The examples of a text task's rows."""
+    found = task(name)
+    assert isinstance(found, TextTask)
+    return [found.item(row) for row in rows]
+
+
+class Words:
+    """Items to token ids: in the paper's words as they stand, or through the model's chat template."""
+
+    def __init__(self, tokenizer: Any, template: str) -> None:
+        self.tokenizer = tokenizer
+        self.chat = template == "chat"
+        self._template = PromptTemplate(tokenizer, "chat" if self.chat else "plain")
+
+    def prompt(self, item: Item) -> list[int]:
+        """The ids before the answer."""
+        return self._template.prompt_ids(item.instruction if self.chat else item.prompt)
+
+    def response(self, item: Item, text: str) -> list[int]:
+        """The ids of an answer, with what ends it."""
+        return self._template.response_ids(item.instruction if self.chat else item.prompt, text)
+
+    def training_row(self, item: Item, max_length: int) -> dict[str, list[int]] | None:
+        """Ids and labels; the response is cut at `max_length`, and a prompt that leaves it no room gives None."""
+        prompt, response = self.prompt(item), self.response(item, item.response)
+        room = max_length - len(prompt)
+        if room < 1:
+            return None
+        return {"input_ids": prompt + response[:room], "labels": [-100] * len(prompt) + response[:room]}
+
+
+def evaluate(
+    model: Any, words: Words, name: str, examples: list[Item], collator: Any, setup: Setup
+) -> dict[str, float]:
+    """All metrics of a task that the grid's scoring asks for."""
+    found, how = task(name), setup.scoring
+    assert isinstance(found, TextTask)
+    scores: dict[str, float] = {}
+    prompts = [words.prompt(item) for item in examples]
+    pad_id = scoring.pad_of(words.tokenizer)
+    if found.kind == "choice" and how.loglikelihood:
+        choices = [[words.response(item, text) for text in item.choices] for item in examples]
+        each = scoring.choice_scores(model, prompts, choices, pad_id, how.batch_size)
+        best = [max(range(len(row)), key=row.__getitem__) for row in each]
+        hits = [b == item.index for b, item in zip(best, examples, strict=True)]
+        scores["accuracy_ll"] = sum(hits) / len(hits)
+        golds = [(row[i.index], len(ids[i.index])) for row, i, ids in zip(each, examples, choices, strict=True)]
+        scores["loss"] = -sum(total for total, _ in golds) / sum(count for _, count in golds)
+    else:
+        scores["loss"] = mean_loss(model, words, examples, collator, setup)
+    if examples[0].rejected is not None:
+        scores |= preference(model, words, examples, collator, setup)
+    judge = make_judge(how.judge) if found.kind == "free" else None
+    if (found.kind != "free" and how.generate) or judge is not None:
+        answers = scoring.generate(
+            model,
+            words.tokenizer,
+            prompts,
+            max_new_tokens=how.max_new_tokens,
+            batch_size=how.batch_size,
+            **how.generation,
+        )
+        if judge is not None:
+            asked, references = [i.instruction for i in examples], [str(i.gold) for i in examples]
+            scores["win_rate"] = win_rate(judge, asked, answers, references)
+        else:
+            scored = [right(found.kind, a, i.gold) for a, i in zip(answers, examples, strict=True)]
+            scores["accuracy"] = sum(scored) / len(scored)
+    return scores
+
+
+def mean_loss(model: Any, words: Words, examples: list[Item], collator: Any, setup: Setup) -> float:
+    """Mean negative log-likelihood of a response token, in nats, over all responses."""
+    pairs = _pairs(words, examples, [item.response for item in examples], setup)
+    found = scoring.continuation_scores(model, pairs, collator, setup.scoring.batch_size)
+    return -sum(total for total, _ in found) / max(1, sum(count for _, count in found))
+
+
+def preference(model: Any, words: Words, examples: list[Item], collator: Any, setup: Setup) -> dict[str, float]:
+    """How often the chosen answer is likelier per token than the rejected one, and the mean margin (nats a token).
+
+    Per token, because the sum over tokens mostly compares lengths; `margin_sum` is the mean of that one.
+    """
+    size = setup.scoring.batch_size
+    chosen = scoring.continuation_scores(
+        model, _pairs(words, examples, [i.response for i in examples], setup), collator, size
+    )
+    rejected = scoring.continuation_scores(
+        model, _pairs(words, examples, [str(i.rejected) for i in examples], setup), collator, size
+    )
+    each = [a / n - b / m for (a, n), (b, m) in zip(chosen, rejected, strict=True)]
+    sums = [a - b for (a, _), (b, _) in zip(chosen, rejected, strict=True)]
+    return {
+        "preference": sum(d > 0 for d in each) / len(each),
+        "margin": sum(each) / len(each),
+        "margin_sum": sum(sums) / len(sums),
+    }
+
+
+def _pairs(words: Words, examples: list[Item], texts: list[str], setup: Setup) -> list[tuple[list[int], list[int]]]:
+    """Prompts with their responses, cut as in training; a prompt that leaves no room keeps its last tokens."""
+    longest = setup.train.max_length
+    pairs = []
+    for item, text in zip(examples, texts, strict=True):
+        prompt, response = words.prompt(item), words.response(item, text)
+        prompt = prompt[-(longest - 1) :]
+        pairs.append((prompt, response[: longest - len(prompt)]))
+    return pairs

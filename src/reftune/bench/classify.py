@@ -1,0 +1,102 @@
+"""GLUE on an encoder (or any sequence classifier): train head and method, predict, score with the task's metrics."""
+
+import time
+from typing import Any
+
+import torch
+
+from .methods import Counts
+from .metrics import glue_scores
+from .models import head_modules, load_classifier
+from .runs import Setup, train_method
+from .tasks import PairTask, task
+from .training import Fit
+
+Result = tuple[Counts, Fit, dict[str, dict[str, float]], dict[str, float], dict[str, float]]
+
+
+def run(setup: Setup) -> Result:
+    """One run: counts, training, {task: metrics} on the test rows, the selection metrics, seconds."""
+    job = setup.job
+    (name,) = job.tasks
+    found = task(name)
+    assert isinstance(found, PairTask)
+    started = time.perf_counter()
+    model, tokenizer = load_classifier(job.model, found.labels, job.seed, job.settings["dtype"])
+    loaded = time.perf_counter()
+    head = head_modules(model)
+    rows = encode(setup.parts[name].train, found, tokenizer, setup.train.max_length)
+    collator = Collator(tokenizer)
+    model, counts, fitted = train_method(setup, model, rows, collator, head)
+    begun, cpu = time.perf_counter(), time.process_time()
+    batch, bf16 = setup.scoring.batch_size, setup.train.bf16
+    parts = setup.parts[name]
+    selection = evaluate(
+        model, encode(parts.select, found, tokenizer, setup.train.max_length), found, collator, batch, bf16
+    )
+    metrics: dict[str, dict[str, float]] = {}
+    if job.stage == "final":
+        test = encode(parts.test, found, tokenizer, setup.train.max_length)
+        metrics[name] = evaluate(model, test, found, collator, batch, bf16)
+    seconds = {
+        "load": loaded - started,
+        "evaluate": time.perf_counter() - begun,
+        "evaluate_cpu": time.process_time() - cpu,
+    }
+    score = {"score": selection[found.metrics[0].name], **selection}
+    return counts, fitted, metrics, score, seconds
+
+
+class Collator:
+    """Rows of a tokenizer with a label, padded; scores as floats, which makes the loss a squared error."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._pad = tokenizer.pad
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        labels = [row["labels"] for row in rows]
+        inputs = [{key: value for key, value in row.items() if key != "labels"} for row in rows]
+        kind = torch.float32 if isinstance(labels[0], float) else torch.long
+        return {**self._pad(inputs, return_tensors="pt"), "labels": torch.tensor(labels, dtype=kind)}
+
+
+def encode(rows: list[dict[str, Any]], found: PairTask, tokenizer: Any, max_length: int) -> list[dict[str, Any]]:
+    """Rows of GLUE as token ids with `labels`: an int, or a float for a score."""
+    encoded = []
+    for row in rows:
+        texts = [row["sentence1"]] + ([row["sentence2"]] if row["sentence2"] is not None else [])
+        label = float(row["label"]) if found.labels == 1 else int(row["label"])
+        encoded.append({**tokenizer(*texts, truncation=True, max_length=max_length), "labels": label})
+    return encoded
+
+
+@torch.no_grad()
+def evaluate(
+    model: Any, rows: list[dict[str, Any]], found: PairTask, collator: Any, batch_size: int, bf16: bool = False
+) -> dict[str, float]:
+    """The task's metrics and the mean loss over rows."""
+    if not rows:
+        return {}
+    model.eval()
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
+    predictions: list[float] = [0.0] * len(rows)
+    loss = 0.0
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        batch = {key: value.to(model.device) for key, value in collator([rows[i] for i in chosen]).items()}
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+            logits = model(**inputs).logits.float()
+        values = logits[:, 0] if found.labels == 1 else logits.argmax(-1)
+        loss += _loss(logits, batch["labels"]) * len(chosen)
+        for i, value in zip(chosen, values.tolist(), strict=True):
+            predictions[i] = value
+    scores = glue_scores(found.name, predictions, [row["labels"] for row in rows])
+    return {**scores, "loss": loss / len(rows)}
+
+
+def _loss(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """Of the data alone: AdaLoRA adds a penalty of its own to the model's."""
+    if labels.is_floating_point():
+        return float(torch.nn.functional.mse_loss(logits[:, 0], labels))
+    return float(torch.nn.functional.cross_entropy(logits, labels))

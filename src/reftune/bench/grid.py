@@ -1,0 +1,261 @@
+"""A grid: which methods, tasks and seeds, on which model, with what budget; from YAML; and the jobs it is made of.
+
+grid = load_grid("recipes/bench/glue-minilm.yaml", {"seeds": [0]})     # a path, or a preset such as paper/commonsense
+jobs(grid)                                                             # sweeps, then one job a task, method and seed
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from reftune.train.recipe_file import RecipeError, from_dict
+
+from .methods import Method, resolve
+from .tasks import SUITES, task
+
+
+@dataclass
+class RowsSection:
+    """Rows of each task; null takes all (of `select`, a tenth of the training rows).
+
+    `split_seed` halves GLUE's validation rows the same for all seeds, so that no test row is among the rows that the
+    learning rates are chosen by; null halves them anew for each seed, as the paper does.
+    """
+
+    train: int | None = None
+    select: int | None = None
+    test: int | None = None
+    split_seed: int | None = None
+
+
+@dataclass
+class BudgetSection:
+    """The training run, one for all methods."""
+
+    steps: int | None = None  # optimiser steps; overrides epochs
+    epochs: float = 3.0
+    batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    warmup: float = 0.1  # below 1 a share of the steps
+    weight_decay: float = 0.0
+    lr_scheduler: str = "linear"
+    max_grad_norm: float = 1.0
+    max_length: int = 512
+    bf16: bool = False  # autocast, in training and evaluation
+    checkpoint_steps: int | None = None  # a run that was cut off goes on from its last checkpoint; null: starts anew
+
+
+@dataclass
+class SweepSection:
+    """The choice of the learning rate, on the selection rows."""
+
+    steps: int | None = None  # null: the whole budget
+    seed: int = 0
+    by: Literal["loss", "score"] = "loss"
+
+
+@dataclass
+class ScoringSection:
+    """How text tasks are scored."""
+
+    batch_size: int = 16
+    generate: bool = True  # answers by greedy decoding, or as `generation` says
+    loglikelihood: bool = True  # choices by their log-likelihood
+    max_new_tokens: int = 32
+    generation: dict[str, Any] = field(default_factory=dict)  # arguments of `generate`
+    judge: dict[str, Any] | None = None  # {url:, model:, key_env:} or {reward_model:}
+
+
+@dataclass
+class Grid:
+    """Everything `reftune bench run` needs."""
+
+    suite: str = "glue"
+    tasks: list[str] | None = None  # evaluated; null: the whole suite
+    train_tasks: list[str] | None = None  # trained on jointly; null: those of `tasks` with training rows
+    joint: bool | None = None  # one training for all tasks; null: yes, except on GLUE
+    model: str = "smollm2-135m"
+    dtype: str | None = None
+    template: Literal["paper", "chat"] = "paper"
+    methods: list[Any] = field(default_factory=lambda: ["loreft", "lora"])
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    rows: RowsSection = field(default_factory=RowsSection)
+    train: BudgetSection = field(default_factory=BudgetSection)
+    sweep: SweepSection = field(default_factory=SweepSection)
+    scoring: ScoringSection = field(default_factory=ScoringSection)
+    reft: dict[str, Any] = field(default_factory=dict)  # settings of all low-rank ReFT kinds
+    per_task: dict[str, Any] = field(default_factory=dict)  # task: {lrs:, train: {...}, and ReFT settings}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run. `lr` is None in a final run with several rates: it is the best of the sweep's."""
+
+    stage: Literal["sweep", "final"]
+    suite: str
+    tasks: tuple[str, ...]
+    train_tasks: tuple[str, ...]
+    method: Method
+    seed: int
+    lr: float | None
+    model: str
+    settings: dict[str, Any]  # dtype, template, rows, train, sweep, scoring: the resolved sections
+
+    @property
+    def task(self) -> str:
+        """The task's name, or "a+b+c" of a joint run."""
+        return "+".join(self.tasks)
+
+    def spec(self) -> dict[str, Any]:
+        """Everything that decides the result, as plain data."""
+        return {
+            "stage": self.stage,
+            "suite": self.suite,
+            "tasks": list(self.tasks),
+            "train_tasks": list(self.train_tasks),
+            "method": self.method.to_dict(),
+            "seed": self.seed,
+            "lr": self.lr,
+            "model": self.model,
+            **self.settings,
+        }
+
+    @property
+    def id(self) -> str:
+        """A readable name with a digest of the whole spec."""
+        digest = hashlib.sha256(json.dumps(self.spec(), sort_keys=True).encode()).hexdigest()[:10]
+        where = self.tasks[0] if len(self.tasks) == 1 else self.suite
+        rate = f"-lr{self.lr:g}" if self.stage == "sweep" else ""
+        return f"{where}-{self.method.name}-s{self.seed}-{self.stage}{rate}-{digest}".replace("/", "_")
+
+
+def load_grid(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Grid:
+    """A grid from a YAML file, a preset's name, or plain data, with overrides such as {"rows.train": 100}."""
+    content = dict(source) if isinstance(source, Mapping) else _read(str(source))
+    for name, value in (overrides or {}).items():
+        part, keys = content, name.split(".")
+        for key in keys[:-1]:
+            part[key] = dict(part.get(key) or {})
+            part = part[key]
+        part[keys[-1]] = value
+    _known(Grid, content, "")
+    grid = from_dict(Grid, content)
+    if grid.suite not in SUITES:
+        raise RecipeError(f"There is no suite {grid.suite!r}. Known: {', '.join(SUITES)}.")
+    for name in [*(grid.tasks or ()), *(grid.train_tasks or ()), *grid.per_task]:
+        if task(name).suite != grid.suite:
+            raise RecipeError(f"The task {name} is of the suite {task(name).suite}, and this grid is {grid.suite}'s.")
+    if not grid.seeds or not grid.methods or grid.tasks == []:
+        raise RecipeError("A grid needs at least one seed, one method and one task.")
+    if grid.suite == "glue" and any(resolve(m, "glue", grid.reft).method == "base" for m in grid.methods):
+        raise RecipeError("The untouched base has no head for GLUE, so it has no score there: use probe instead.")
+    jobs(grid)
+    return grid
+
+
+def presets() -> list[str]:
+    """The names of the presets that come with the package."""
+    root = resources.files("reftune.bench") / "presets"
+    found = [(folder, file) for folder in root.iterdir() if folder.is_dir() for file in folder.iterdir()]
+    return sorted(f"{folder.name}/{Path(file.name).stem}" for folder, file in found if file.name.endswith(".yaml"))
+
+
+def jobs(grid: Grid) -> list[Job]:
+    """All runs of a grid: the sweeps first, then the final runs seed by seed, so that an early stop is balanced."""
+    names = tuple(grid.tasks or SUITES[grid.suite])
+    joint = grid.suite != "glue" if grid.joint is None else grid.joint
+    trained = tuple(grid.train_tasks or (n for n in names if task(n).trains))
+    groups = [(names, trained)] if joint else [((n,), (n,) if grid.train_tasks is None else trained) for n in names]
+    sweeps: list[Job] = []
+    finals: list[Job] = []
+    for evaluated, train_tasks in groups:
+        for method, settings in _methods(grid, evaluated):
+            one = method.lrs[0] if len(method.lrs) == 1 else None
+
+            def job(
+                stage: Any,
+                seed: int,
+                lr: float | None,
+                where: Any = (evaluated, train_tasks),
+                what: Any = (method, settings),
+            ) -> Job:
+                return Job(stage, grid.suite, where[0], where[1], what[0], seed, lr, grid.model, what[1])
+
+            if len(method.lrs) > 1:
+                sweeps += [job("sweep", grid.sweep.seed, lr) for lr in method.lrs]
+            finals += [job("final", seed, one) for seed in grid.seeds]
+    names_seen = [(j.task, j.method.name, j.seed) for j in finals]
+    if len(set(names_seen)) < len(names_seen):
+        raise RecipeError("Two methods of the grid have the same name: give each variant a `name` of its own.")
+    return sweeps + sorted(finals, key=lambda j: grid.seeds.index(j.seed))
+
+
+def resolved_methods(grid: Grid) -> list[Method]:
+    """The methods of a grid with their settings, as they run on its first group of tasks."""
+    first = jobs(grid)[0].tasks
+    return [method for method, _ in _methods(grid, first)]
+
+
+def _methods(grid: Grid, evaluated: tuple[str, ...]) -> list[tuple[Method, dict[str, Any]]]:
+    """The methods as they run on these tasks, each with its settings; `per_task` speaks to single tasks only."""
+    own = dict(grid.per_task.get(evaluated[0]) or {}) if len(evaluated) == 1 else {}
+    lrs, budget = own.pop("lrs", None), own.pop("train", {})
+    _known(BudgetSection, budget, "per_task.train")
+    found = []
+    for entry in grid.methods:
+        method = resolve(entry, grid.suite, grid.reft | own)
+        if lrs is not None and method.method not in ("base",) and not (isinstance(entry, Mapping) and "lrs" in entry):
+            method = dataclasses.replace(method, lrs=tuple(map(float, lrs)))
+        _known(BudgetSection, method.train, f"train of {method.name}")
+        train = dataclasses.asdict(grid.train) | budget | method.train
+        settings = {
+            "dtype": grid.dtype,
+            "template": grid.template,
+            "rows": dataclasses.asdict(grid.rows),
+            "train": dataclasses.asdict(from_dict(BudgetSection, train, "train")),
+            "sweep": dataclasses.asdict(grid.sweep),
+            "scoring": dataclasses.asdict(grid.scoring),
+        }
+        found.append((method, settings))
+    return found
+
+
+def _known(cls: Any, content: Any, where: str) -> None:
+    """Refuse unknown keys with the nearest known one of this section."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key, value in (content if isinstance(content, Mapping) else {}).items():
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(fields)}."
+            raise RecipeError(f"Unknown key {f'{where}.{key}' if where else key!r} in the grid. {hint}")
+        if dataclasses.is_dataclass(fields[key].type):
+            _known(fields[key].type, value, key)
+
+
+def _read(source: str) -> dict[str, Any]:
+    try:
+        import yaml
+    except ImportError as error:
+        raise ImportError("Grids need the package pyyaml: pip install 'reftune[bench]'.") from error
+
+    packaged = resources.files("reftune.bench") / "presets" / f"{source}.yaml"
+    path = Path(source)
+    if not path.is_file() and source in presets():
+        text = packaged.read_text(encoding="utf-8")
+    elif path.is_file():
+        text = path.read_text(encoding="utf-8")
+    else:
+        raise RecipeError(f"There is no grid {source}: give a YAML file, or a preset ({', '.join(presets())}).")
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{source} is not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"{source} must be keys with values (suite:, tasks:, methods: ...), but is {content!r:.80}.")
+    return content

@@ -1,0 +1,167 @@
+"""The methods that are compared, each a table entry: every ReFT kind, LoRA, DoRA, AdaLoRA, full, probe, base.
+
+method = resolve("loreft", "glue", {})                                     # the entry with the suite's defaults
+method = resolve({"name": "loreft-l1", "method": "loreft", "positions": "l1", "r": 4}, "commonsense", {})
+model, counts = attach(base, method, head=["classifier"], steps=100)
+"""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+# Peak learning rates of the sweep, the same number for every method. A best one at an end of its three is marked in
+# the reports: widen `lrs` then.
+_REFT = (3e-4, 1e-3, 3e-3)
+_LORA = (1e-4, 3e-4, 1e-3)
+_FULL = (1e-5, 3e-5, 1e-4)
+_GLUE = {"reft": (1e-3, 3e-3, 1e-2), "lora": (3e-4, 1e-3, 3e-3), "full": (3e-5, 1e-4, 3e-4), "probe": _REFT}
+
+_LOW_RANK = ("loreft", "noreft", "consreft", "lobireft", "direft", "nodireft")
+REFT_KINDS = (*_LOW_RANK, "red", "reft_r1", "postblock")
+PEFT_KINDS = ("lora", "dora", "adalora")
+METHODS = (*REFT_KINDS, *PEFT_KINDS, "full", "probe", "base")
+
+# What the paper uses, by suite: tied f7+l7 in all layers at rank 8; on GLUE the first tokens at rank 1.
+_PAPER: dict[str, dict[str, Any]] = {
+    "commonsense": {"r": 8, "layers": "all", "positions": "f7+l7", "share_weights": True},
+    "arithmetic": {"r": 8, "layers": "all", "positions": "f7+l7", "share_weights": True},
+    "instruct": {"r": 4, "layers": "all", "positions": "f5+l5", "share_weights": False},
+    "glue": {"r": 1, "layers": "all", "positions": "f3"},
+}
+_OWN: dict[str, dict[str, Any]] = {
+    "red": {"layers": "all", "positions": "all"},
+    "reft_r1": {"layers": "all", "positions": "all"},
+    "postblock": {"layers": "all", "positions": "all", "r": 8},
+}
+_PEFT: dict[str, dict[str, Any]] = {
+    "lora": {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"},
+    "dora": {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "use_dora": True},
+    "adalora": {"init_r": 24, "target_r": 16, "lora_alpha": 32, "target_modules": "all-linear"},
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method with its settings. `name` is what reports call it; options are `ReftConfig`'s or PEFT's fields."""
+
+    name: str
+    method: str
+    lrs: tuple[float, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)  # overrides of the budget, such as a preset's warm-up
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for a row of results."""
+        return asdict(self) | {"lrs": list(self.lrs)}
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Numbers trained: by the method; by the head that all methods train; in the whole model."""
+
+    trainable: int
+    head: int
+    total: int
+
+
+def resolve(entry: str | Mapping[str, Any], suite: str, reft: Mapping[str, Any]) -> Method:
+    """A grid's entry with defaults filled in; `reft` holds the grid's settings for the low-rank ReFT kinds.
+
+    Raises ValueError for an unknown method or a misplaced `lrs`.
+    """
+    given: dict[str, Any] = {"method": entry} if isinstance(entry, str) else dict(entry)
+    method = given.pop("method", given.get("name"))
+    if method not in METHODS:
+        near = difflib.get_close_matches(str(method), METHODS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(METHODS)}."
+        raise ValueError(f"There is no method {method!r}.{hint}")
+    name = str(given.pop("name", method))
+    lrs, train = given.pop("lrs", None), given.pop("train", {})
+    if lrs is not None and (
+        not isinstance(lrs, list | tuple) or not all(isinstance(x, int | float) for x in lrs) or not lrs
+    ):
+        raise ValueError(f"lrs of {name} must be a list of numbers such as [1.0e-4, 3.0e-4], but is {lrs!r}.")
+    if method in _LOW_RANK:
+        options = _PAPER[suite] | dict(reft)
+    else:
+        options = dict(_OWN.get(method, _PEFT.get(method, {})))
+        if method == "red" and suite != "glue":
+            options["component"] = "mlp_output"  # as RED's authors; BERT has no module for it: the block's output
+    if method in ("full", "probe", "base") and given:
+        raise ValueError(f"{name}: {method} has no settings, but got {', '.join(given)}.")
+    return Method(name, method, _lrs(method, suite) if lrs is None else tuple(map(float, lrs)), options | given, train)
+
+
+def _lrs(method: str, suite: str) -> tuple[float, ...]:
+    if method == "base":
+        return ()
+    family = "reft" if method in REFT_KINDS else "lora" if method in PEFT_KINDS else method
+    if suite == "glue":
+        return _GLUE[family]
+    return {"reft": _REFT, "lora": _LORA, "full": _FULL, "probe": _FULL}[family]
+
+
+def attach(model: Any, method: Method, *, head: list[str], steps: int) -> tuple[Any, Counts]:
+    """The model made ready to train by a method, and what is trained.
+
+    Args:
+        model: a base model, which is changed.
+        head: modules of a classifier that every method trains too ([] for a causal model); counted apart.
+        steps: optimiser steps of the run; AdaLoRA plans its ranks by them.
+    """
+    from peft import AdaLoraConfig, LoraConfig, get_peft_model
+
+    from reftune import ReftConfig, get_reft_model
+
+    task = "SEQ_CLS" if head else "CAUSAL_LM"
+    shared: dict[str, Any] = {"task_type": task, "modules_to_save": head or None}
+    if method.method in REFT_KINDS:
+        model = get_reft_model(model, ReftConfig(intervention=method.method, **method.options, **shared))
+    elif method.method in PEFT_KINDS:
+        if head:
+            shared["exclude_modules"] = rf".*\b({'|'.join(head)})\b.*"
+        if method.method == "adalora":
+            plan = {"total_step": steps, "tinit": steps // 10, "tfinal": steps // 3, "deltaT": max(1, steps // 50)}
+            config: Any = AdaLoraConfig(**(plan | method.options), **shared)
+        else:
+            config = LoraConfig(**method.options, **shared)
+        model = get_peft_model(model, config)
+    elif method.method == "full":
+        model.requires_grad_(True)
+    else:
+        model.requires_grad_(False)
+        if method.method == "probe":
+            _train_head(model, head)
+    return model, count(model, head)
+
+
+def _train_head(model: Any, head: list[str]) -> None:
+    """The head alone: a classifier's own, or a causal model's output layer, untied from its embeddings."""
+    if head:
+        for name, module in model.named_modules():
+            if name.rsplit(".", 1)[-1] in head:
+                module.requires_grad_(True)
+        return
+    import torch
+
+    output = model.get_output_embeddings()
+    output.weight = torch.nn.Parameter(output.weight.detach().clone())
+    model.config.tie_word_embeddings = False
+    output.requires_grad_(True)
+
+
+def count(model: Any, head: list[str]) -> Counts:
+    """What is trained of a model, the head's share apart."""
+    trainable = apart = 0
+    seen: set[int] = set()
+    total = sum(p.numel() for p in model.parameters())
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad or id(parameter) in seen:
+            continue
+        seen.add(id(parameter))
+        if set(name.split(".")) & set(head):
+            apart += parameter.numel()
+        else:
+            trainable += parameter.numel()
+    return Counts(trainable, apart, total)

@@ -1,0 +1,77 @@
+"""Plots of a grid's results: accuracy against parameters and against training time, PNG."""
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .report import Summary, primary, summarise
+
+
+def plot(rows: Sequence[dict[str, Any]], directory: str | Path, stem: str = "bench") -> list[Path]:
+    """Write `{stem}-parameters.png` and `{stem}-time.png`; the averaged primary metrics with the spread over seeds.
+
+    Raises ImportError without matplotlib, ValueError if the tasks' metrics cannot be averaged.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("Plots need the package matplotlib: pip install 'reftune[bench]'.") from error
+    matplotlib.use("Agg")
+
+    summaries = summarise(rows)
+    columns = comparable(summaries)
+    if not columns:
+        raise ValueError("These results hold no accuracies or correlations to average, so there is nothing to plot.")
+    place = Path(directory)
+    place.mkdir(parents=True, exist_ok=True)
+    made = []
+    axes = {
+        "parameters": ("parameters trained (head apart)", lambda one: one.trainable),
+        "time": ("seconds to train", lambda one: statistics.fmean(one.seconds)),
+    }
+    for name, (label, value) in axes.items():
+        path = place / f"{stem}-{name}.png"
+        _draw([(one, float(value(one))) for one in summaries], columns, label, path)
+        made.append(path)
+    return made
+
+
+def comparable(summaries: Sequence[Summary]) -> list[tuple[str, str]]:
+    """The primary columns that are shares with higher better."""
+    from .tasks import task
+
+    metrics = {(name, m.name): m for name in {c[0] for c in primary(summaries)} for m in task(name).metrics}
+    return [c for c in primary(summaries) if metrics[c].share and metrics[c].higher]
+
+
+def _draw(points: Sequence[tuple[Summary, float]], columns: list[tuple[str, str]], label: str, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axis = figure.subplots()
+    for one, x in points:
+        values = [100 * v for v in one.average(columns)]
+        if not values:
+            continue
+        mean = statistics.fmean(values)
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        (drawn, *_) = axis.errorbar(x, mean, yerr=spread, marker="o", capsize=3, linestyle="none").lines
+        axis.annotate(one.method, (x, mean), xytext=(5, 4), textcoords="offset points", color=drawn.get_color())
+    axis.set_xscale("symlog" if any(x == 0 for _, x in points) else "log")
+    axis.set_xlabel(label)
+    axis.set_ylabel(f"mean of {len(columns)} task{'s' if len(columns) > 1 else ''}, percent")
+    axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
+
+
+def plot_all(rows: Sequence[dict[str, Any]], directory: str | Path) -> list[Path]:
+    """The plots of every suite and model in the rows that has something to average."""
+    made: list[Path] = []
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["suite"], row["spec"]["model"]), []).append(row)
+    for (suite, model), group in groups.items():
+        if comparable(summarise(group)):
+            made += plot(group, directory, suite if len(groups) == 1 else f"{suite}-{Path(model).name}")
+    return made

@@ -1,0 +1,168 @@
+"""Results to a Markdown report: mean ± sd over seeds, parameters, rates, and every metric of every task.
+
+print(report(read_rows("runs/glue")))
+"""
+
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .tasks import task
+
+
+@dataclass
+class Summary:
+    """A method over all its final runs. `scores` maps (task, metric) to one value a seed."""
+
+    method: str
+    trainable: int = 0
+    head: int = 0
+    scores: dict[tuple[str, str], dict[int, float]] = field(default_factory=lambda: defaultdict(dict))
+    seconds: list[float] = field(default_factory=list)
+    step: list[float] = field(default_factory=list)
+    rates: dict[str, float | None] = field(default_factory=dict)
+    at_end: set[str] = field(default_factory=set)
+
+    def average(self, columns: Sequence[tuple[str, str]]) -> list[float]:
+        """The mean over the columns, one value for each seed that has them all."""
+        seeds = set.intersection(*(set(self.scores[c]) for c in columns)) if columns else set()
+        return [statistics.fmean(self.scores[c][seed] for c in columns) for seed in sorted(seeds)]
+
+
+def summarise(rows: Sequence[dict[str, Any]]) -> list[Summary]:
+    """One summary a method, by the order in which they first appear."""
+    found: dict[str, Summary] = {}
+    for row in rows:
+        if row["stage"] != "final":
+            continue
+        one = found.setdefault(row["method"], Summary(row["method"]))
+        one.trainable, one.head = max(one.trainable, row["trainable"]), max(one.head, row["head"])
+        one.seconds.append(row["seconds"]["train"])
+        one.step.append(row["seconds"]["step"])
+        one.rates[row["task"]] = row["lr"]
+        if row.get("lr_at_end"):
+            one.at_end.add(row["task"])
+        for name, metrics in row["metrics"].items():
+            for metric, value in metrics.items():
+                if value is not None:
+                    one.scores[name, metric][row["seed"]] = value
+    return list(found.values())
+
+
+def primary(summaries: Sequence[Summary]) -> list[tuple[str, str]]:
+    """The (task, metric) columns of the main table: of each task the first metric that was measured."""
+    seen = {key for one in summaries for key, values in one.scores.items() if values}
+    names = dict.fromkeys(name for name, _ in seen)
+    columns = []
+    for name in sorted(names, key=_place):
+        measured = [m.name for m in task(name).metrics if (name, m.name) in seen]
+        columns += [(name, metric) for metric in measured[:1]]
+    return columns
+
+
+def report(rows: Sequence[dict[str, Any]], title: str = "Results") -> str:
+    """The report of the rows of one suite and model, Markdown."""
+    suites = sorted({row["suite"] for row in rows})
+    models = sorted({row["spec"]["model"] for row in rows})
+    if len(suites) > 1 or len(models) > 1:
+        parts = [
+            report([r for r in rows if r["suite"] == s and r["spec"]["model"] == m], f"{title}: {s} on {m}")
+            for s in suites
+            for m in models
+            if any(r["suite"] == s and r["spec"]["model"] == m for r in rows)
+        ]
+        return "\n".join(parts)
+    summaries = summarise(rows)
+    if not summaries:
+        return f"# {title}\n\nNo final run is done yet; {len(rows)} sweep runs are.\n"
+    columns = primary(summaries)
+    text = [f"# {title}", "", _about(rows), "", _main(summaries, columns), ""]
+    text += [_notes(summaries), "", "## Every metric", "", _breakdown(summaries), "", "## Learning rates", ""]
+    return "\n".join([*text, _rates(summaries), ""])
+
+
+def cell(values: Sequence[float], share: bool = True) -> str:
+    """`81.3 ± 0.4`: mean and sample standard deviation, shares as percent; a single value has no spread."""
+    if not values:
+        return "–"
+    scale, digits = (100, 1) if share else (1, 3)
+    mean = f"{scale * statistics.fmean(values):.{digits}f}"
+    return f"{mean} ± {scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def _main(summaries: Sequence[Summary], columns: list[tuple[str, str]]) -> str:
+    comparable = all(_metric(c).share and _metric(c).higher for c in columns)
+    heads = ["method", "parameters", *(f"{name} ({metric})" for name, metric in columns)]
+    heads += ["average"] if comparable and len(columns) > 1 else []
+    lines = []
+    for one in summaries:
+        cells = [one.method, f"{one.trainable:,}"]
+        cells += [cell(list(one.scores[c].values()), _metric(c).share) for c in columns]
+        cells += [cell(one.average(columns))] if len(heads) > len(cells) else []
+        lines.append([*cells, f"{statistics.fmean(one.step):.2f}", f"{statistics.fmean(one.seconds):.0f}"])
+    return _table([*heads, "s a step", "s to train"], lines)
+
+
+def _breakdown(summaries: Sequence[Summary]) -> str:
+    keys = sorted({key for one in summaries for key, v in one.scores.items() if v}, key=lambda k: (_place(k[0]), k[1]))
+    lines = []
+    for name, metric in keys:
+        share = next((m.share for m in task(name).metrics if m.name == metric), False)
+        values = [cell(list(one.scores[name, metric].values()), share) for one in summaries]
+        lines.append([name, metric, *values])
+    return _table(["task", "metric", *(one.method for one in summaries)], lines)
+
+
+def _rates(summaries: Sequence[Summary]) -> str:
+    tasks = list(dict.fromkeys(name for one in summaries for name in one.rates))
+    lines = []
+    for one in summaries:
+        shown = []
+        for name in tasks:
+            rate = one.rates.get(name)
+            shown.append("–" if rate is None else f"{rate:g}{'†' if name in one.at_end else ''}")
+        lines.append([one.method, *shown])
+    short = [name if "+" not in name else "all tasks" for name in tasks]
+    return _table(["method", *short], lines) + "\n\n† the best of the sweep lies at its end: a wider one may do better."
+
+
+def _about(rows: Sequence[dict[str, Any]]) -> str:
+    finals = [row for row in rows if row["stage"] == "final"]
+    spec, seeds = finals[0]["spec"], sorted({row["seed"] for row in finals})
+    counts = {n: c for row in finals for n, c in row["rows"].items()}
+    sizes = ", ".join(f"{n} {c['train']}/{c['select']}/{c['test']}" for n, c in counts.items())
+    train, versions = spec["train"], finals[0]["versions"]
+    budget = f"{train['steps']} steps" if train["steps"] is not None else f"{train['epochs']:g} epochs"
+    batch = train["batch_size"] * train["gradient_accumulation_steps"]
+    kept = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return (
+        f"Model {spec['model']}, suite {spec['suite']}, seeds {', '.join(map(str, seeds))}. "
+        f"Every method: {budget} of {batch} rows, the same rows in the same order; learning rate chosen on the "
+        f"selection rows. Rows (train/select/test): {sizes}. Versions: {kept}."
+    )
+
+
+def _notes(summaries: Sequence[Summary]) -> str:
+    heads = sorted({one.head for one in summaries if one.head})
+    head = (
+        f" All methods train the head too ({', '.join(f'{h:,}' for h in heads)} numbers), not counted." if heads else ""
+    )
+    return f"Mean ± sample standard deviation over seeds; shares, accuracies and correlations in percent.{head}"
+
+
+def _table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rule = ["---"] * len(heads)
+    return "\n".join("| " + " | ".join(row) + " |" for row in (heads, rule, *lines))
+
+
+def _metric(column: tuple[str, str]) -> Any:
+    return next(m for m in task(column[0]).metrics if m.name == column[1])
+
+
+def _place(name: str) -> tuple[int, str]:
+    from .tasks import SUITES
+
+    order = [n for names in SUITES.values() for n in names]
+    return order.index(name), name

@@ -1,0 +1,145 @@
+"""Run a grid: every job that is neither done nor worked on by another process, until none is left.
+
+    run_grid(load_grid("recipes/bench/glue-minilm.yaml"), "runs/glue", data="shared/data")
+
+Start it as often as you like, on as many machines as see the directory: they share the jobs. What was killed is done
+again (from its last checkpoint, if the grid writes any); what is done is kept.
+"""
+
+import math
+import random
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .claims import Claims
+from .data import data_folder
+from .grid import Grid, Job, jobs
+from .progress import line, time_left
+from .runs import run_job
+from .store import Store
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a call of `run_grid` did: runs it finished, those that failed (job id: error), those not done yet."""
+
+    finished: int
+    failed: dict[str, str]
+    left: int
+
+
+def run_grid(
+    grid: Grid,
+    out: str | Path,
+    *,
+    data: str | None = None,
+    minutes: float | None = None,
+    wait: bool = True,
+    say: Callable[[str], None] = print,
+    stale: float = 300.0,
+) -> Outcome:
+    """Work on a grid.
+
+    Args:
+        grid: what to run, see `load_grid`.
+        out: directory of the results (`results.jsonl`, `rows/`), the claims and the failures' tracebacks.
+        data: folder with data; None takes $REFTUNE_DATA, else the hub.
+        minutes: begin no further run after so many; a run that was begun is finished.
+        wait: stay while other processes work on what is left, and take over what they drop.
+        say: takes a line after every run.
+        stale: seconds after which another machine's silent claim is taken over.
+    """
+    folder, store = data_folder(data), Store(out)
+    claims = Claims(store.directory / "claims", stale=stale)
+    plan = jobs(grid)
+    failed: dict[str, str] = {}
+    finished, started = 0, time.monotonic()
+    while True:
+        todo = [job for job in plan if job.id not in failed and not store.has(job.id)]
+        todo = [job for job in todo if not _blocked(job, plan, failed)]
+        if not todo:
+            break
+        moved = False
+        for job in todo:
+            if minutes is not None and time.monotonic() - started > 60 * minutes:
+                return Outcome(finished, failed, _left(plan, store))
+            if store.has(job.id) or not _ready(job, plan, store):
+                continue
+            with claims.take(job.id) as mine:
+                if not mine or store.has(job.id):
+                    continue
+                moved = True
+                try:
+                    row = _run(job, plan, store, folder)
+                except Exception as error:
+                    failed[job.id] = f"{type(error).__name__}: {error}"
+                    _record_failure(store, job)
+                    say(f"FAILED {job.id}: {failed[job.id]}")
+                    continue
+                finished += store.put(row)
+            done = [store.get(j.id) for j in plan if store.has(j.id)]
+            workers = max(1, len(claims.live()) + 1)
+            say(line(row, len(done), len(plan), time_left(plan, done, workers)))
+        if not moved:
+            if not wait or not _others(todo, claims):
+                break
+            time.sleep(1 + random.random())
+    return Outcome(finished, failed, _left(plan, store))
+
+
+def best_lr(job: Job, plan: list[Job], store: Store) -> tuple[float | None, list[dict[str, Any]]]:
+    """The learning rate of a final job and the sweep behind it; by held-out loss, or by score with the loss as tie."""
+    if job.lr is not None or not job.method.lrs:
+        return job.lr, []
+    rows = [store.get(sweep.id) for sweep in _sweeps(job, plan)]
+    by_score = job.settings["sweep"]["by"] == "score"
+
+    def key(row: dict[str, Any]) -> tuple[float, float]:
+        loss, score = row["selection"].get("loss"), row["selection"].get("score")
+        worst = math.inf if loss is None else loss  # a run that broke down has no finite loss
+        return (-(score if score is not None else -math.inf), worst) if by_score else (worst, worst)
+
+    best = min(rows, key=key)
+    return best["lr"], [{"lr": row["lr"], **row["selection"]} for row in rows]
+
+
+def _run(job: Job, plan: list[Job], store: Store, folder: Path | None) -> dict[str, Any]:
+    lr, sweep = (job.lr, []) if job.stage == "sweep" else best_lr(job, plan, store)
+    work = store.directory / "work" / job.id
+    row = run_job(job, lr=lr, data=folder, work=work)
+    if sweep:
+        row["sweep"] = sweep
+        row["lr_at_end"] = lr in (min(job.method.lrs), max(job.method.lrs))
+    return row
+
+
+def _sweeps(job: Job, plan: list[Job]) -> list[Job]:
+    wanted = (job.tasks, job.train_tasks, job.method.name)
+    return [j for j in plan if j.stage == "sweep" and (j.tasks, j.train_tasks, j.method.name) == wanted]
+
+
+def _ready(job: Job, plan: list[Job], store: Store) -> bool:
+    return job.stage == "sweep" or all(store.has(sweep.id) for sweep in _sweeps(job, plan))
+
+
+def _blocked(job: Job, plan: list[Job], failed: dict[str, str]) -> bool:
+    """A final run whose sweep failed cannot be done."""
+    return job.stage == "final" and any(sweep.id in failed for sweep in _sweeps(job, plan))
+
+
+def _others(todo: list[Job], claims: Claims) -> bool:
+    return bool({job.id for job in todo} & set(claims.live())) or bool(claims.live())
+
+
+def _left(plan: list[Job], store: Store) -> int:
+    return sum(not store.has(job.id) for job in plan)
+
+
+def _record_failure(store: Store, job: Job) -> None:
+    place = store.directory / "failures"
+    place.mkdir(exist_ok=True)
+    (place / f"{job.id}.txt").write_text(traceback.format_exc(), encoding="utf-8")

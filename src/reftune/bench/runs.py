@@ -1,0 +1,145 @@
+"""One run: a job to a row of results. The two kinds are text tasks on causal models and GLUE on classifiers."""
+
+import dataclasses
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+from reftune.train.recipe_file import from_dict
+
+from .data import Parts, load_rows, split
+from .grid import BudgetSection, Job, RowsSection, ScoringSection
+from .methods import Counts, attach
+from .tasks import task
+from .training import Fit, fit, total_steps
+
+NOTHING = Fit(0, float("nan"), 0.0, 0.0, 0.0, False)
+
+
+@dataclasses.dataclass
+class Setup:
+    """A job's sections read back, and its rows."""
+
+    job: Job
+    lr: float
+    rows: RowsSection
+    train: BudgetSection
+    scoring: ScoringSection
+    parts: dict[str, Parts]
+    work: Path
+
+
+def run_job(job: Job, *, lr: float | None, data: Path | None, work: Path) -> dict[str, Any]:
+    """Train and evaluate; returns the row. `lr` is the rate to use; `work` a directory for checkpoints."""
+    started = time.time()
+    s = job.settings
+    rows, train = from_dict(RowsSection, s["rows"]), from_dict(BudgetSection, s["train"])
+    if job.stage == "sweep" and s["sweep"]["steps"] is not None:
+        train.steps = s["sweep"]["steps"]
+    names = dict.fromkeys((*job.train_tasks, *job.tasks))
+    cut = job.seed if rows.split_seed is None else rows.split_seed
+    parts = {
+        name: split(
+            task(name), load_rows(task(name), data), seed=cut, train=rows.train, select=rows.select, test=rows.test
+        )
+        for name in names
+    }
+    setup = Setup(job, lr or 0.0, rows, train, from_dict(ScoringSection, s["scoring"]), parts, work)
+    if job.suite == "glue":
+        from .classify import run
+    else:
+        from .causal import run
+    counts, fitted, metrics, selection, seconds = run(setup)
+    return _row(setup, counts, fitted, metrics, selection, seconds, started)
+
+
+def train_method(setup: Setup, model: Any, rows: list[Any], collator: Any, head: list[str]) -> tuple[Any, Counts, Fit]:
+    """Attach the method and train it, unless it is the untouched base."""
+    from transformers import set_seed
+
+    job = setup.job
+    steps = total_steps(len(rows), setup.train)
+    set_seed(job.seed)  # so that what a method draws does not depend on what was drawn before
+    model, counts = attach(model, job.method, head=head, steps=steps)
+    if job.method.method == "base":
+        return model.eval(), counts, NOTHING
+    fitted = fit(
+        model,
+        rows,
+        collator,
+        setup.train,
+        lr=setup.lr,
+        seed=job.seed,
+        causal=not head,
+        work=setup.work,
+    )
+    return model, counts, fitted
+
+
+def _row(
+    setup: Setup,
+    counts: Counts,
+    fitted: Fit,
+    metrics: dict[str, dict[str, float]],
+    selection: dict[str, float],
+    seconds: dict[str, float],
+    started: float,
+) -> dict[str, Any]:
+    job = setup.job
+    return {
+        "id": job.id,
+        "stage": job.stage,
+        "suite": job.suite,
+        "task": job.task,
+        "method": job.method.name,
+        "seed": job.seed,
+        "lr": setup.lr or None,
+        "trainable": counts.trainable,
+        "head": counts.head,
+        "total": counts.total,
+        "metrics": metrics,
+        "selection": selection,
+        "steps": fitted.steps,
+        "train_loss": fitted.loss if fitted.steps else None,
+        "resumed": fitted.resumed,
+        "seconds": {
+            "train": round(fitted.seconds, 3),
+            "train_cpu": round(fitted.cpu_seconds, 3),
+            "step": round(fitted.step_seconds, 4),
+            **{name: round(value, 3) for name, value in seconds.items()},
+            "all": round(time.time() - started, 3),
+        },
+        "rows": {
+            name: {"train": len(p.train), "select": len(p.select), "test": len(p.test), "digest": p.digest}
+            for name, p in setup.parts.items()
+        },
+        "spec": job.spec(),
+        "versions": versions(),
+        "machine": {"host": platform.node(), "threads": _threads(), "device": _device()},
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of python and of the packages that a result depends on."""
+    import peft
+    import torch
+    import transformers
+
+    import reftune
+
+    packages = {"reftune": reftune, "torch": torch, "transformers": transformers, "peft": peft}
+    return {"python": platform.python_version(), **{name: str(p.__version__) for name, p in packages.items()}}
+
+
+def _threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+def _device() -> str:
+    import torch
+
+    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"  # type: ignore[union-attr]

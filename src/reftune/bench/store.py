@@ -1,0 +1,80 @@
+"""Rows of results: one file a run, written whole or not at all, and `results.jsonl` with all of them.
+
+store = Store("runs/glue")
+store.put(row); store.has(job.id); store.rows()
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+
+class Store:
+    """The results of a grid in a directory; several processes may write at once."""
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self._rows = self.directory / "rows"
+        self._rows.mkdir(parents=True, exist_ok=True)
+
+    def has(self, name: str) -> bool:
+        """Whether the run of that id is done."""
+        return (self._rows / f"{name}.json").is_file()
+
+    def put(self, row: dict[str, Any]) -> bool:
+        """Write a row; False, and nothing is written, if the run has one already."""
+        with FileLock(self.directory / ".lock"):
+            if self.has(row["id"]):
+                return False
+            _write(self._rows / f"{row['id']}.json", json.dumps(_plain(row)))
+            lines = [json.dumps(found) for found in self.rows()]
+            _write(self.directory / "results.jsonl", "".join(line + "\n" for line in lines))
+        return True
+
+    def get(self, name: str) -> dict[str, Any]:
+        """The row of a run."""
+        return dict(json.loads((self._rows / f"{name}.json").read_text(encoding="utf-8")))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows, in the order in which their runs began."""
+        found = [self.get(path.stem) for path in self._rows.glob("*.json") if not path.name.startswith(".")]
+        return sorted(found, key=lambda row: (row["started"], row["id"]))
+
+
+def read_rows(source: str | Path) -> list[dict[str, Any]]:
+    """The rows of a grid's directory, or of a results.jsonl by itself."""
+    path = Path(source)
+    if (path / "rows").is_dir():
+        rows = Store(path).rows()
+    elif path.is_file() or (path / "results.jsonl").is_file():
+        file = path if path.is_file() else path / "results.jsonl"
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    else:
+        raise FileNotFoundError(f"No results in {path}: give the directory that `reftune bench run --out` wrote.")
+    if not rows:
+        raise ValueError(f"{path} has no results yet.")
+    return rows
+
+
+def _write(path: Path, text: str) -> None:
+    work = path.with_name(f".{path.name}.{os.getpid()}")
+    with work.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(work, path)
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no nan: null stands for it."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,113 @@
+"""Commonsense reasoning: nine multiple-choice tasks in the wording of LLM-Adapters' commonsense_170k, as in the paper.
+
+The prompt is an instruction and a line break; the answer is "the correct answer is " and a label such as `answer2`,
+which the prompt names. Generated answers are scored by exact match of what follows those words.
+"""
+
+from typing import Any
+
+from ..metrics import TRIGGER
+from .base import ACCURACY, ACCURACY_LL, LOSS, Hub, Item, Row, TextTask
+
+
+def _item(lead: str, row: Row, labels: tuple[str, ...], options: str) -> Item:
+    instruction = f"{lead}{options}\n\nAnswer format: {'/'.join(labels)}"
+    index = int(row["answer"])
+    choices = tuple(TRIGGER + label for label in labels)
+    return Item(instruction + "\n", instruction, choices[index], labels[index], choices, index)
+
+
+def _choose(lead: str, word: str, between: str = " ") -> Any:
+    """A reader of rows for one wording: "Answer1: ... Answer2: ..." with `word` for Answer."""
+
+    def read(row: Row) -> Item:
+        question = f"{row['context']} {row['question']}".strip() if row.get("context") else row["question"]
+        labels = tuple(f"{word}{i + 1}" for i in range(len(row["choices"])))
+        texts = between.join(f"{word.capitalize()}{i + 1}: {text}" for i, text in enumerate(row["choices"]))
+        return _item(lead + question, row, labels, "\n\n" + texts)
+
+    return read
+
+
+def _boolq(row: Row) -> Item:
+    """True or false, without the passage, as the paper has it."""
+    question = str(row["question"]).removesuffix("?")
+    lead = f"Please answer the following question with true or false, question: {question}?"
+    return _item(lead, row, ("true", "false"), "")
+
+
+_QUESTION = "Please choose the correct answer to the question: "
+_SOLUTION = "Please choose the correct solution to the question: "
+_ENDING = "Please choose the correct ending to complete the given sentence: "
+_BLANK = "Please choose the correct answer to fill in the blank to complete the given sentence: "
+
+
+def _options(row: Row, question: str, choices: list[str], answer: Any, context: str = "") -> dict[str, Any] | None:
+    if answer in ("", None, -1):  # a hidden label
+        return None
+    return {"context": context, "question": question, "choices": choices, "answer": int(answer)}
+
+
+def _lettered(stem: str) -> Any:
+    """ARC and OpenBookQA: {"text": [...], "label": ["A", ...]} and an answer key."""
+
+    def row(r: Row) -> dict[str, Any] | None:
+        labels, key = list(r["choices"]["label"]), r["answerKey"]
+        return _options(r, r[stem], list(r["choices"]["text"]), labels.index(key) if key in labels else None)
+
+    return row
+
+
+_DEV = {"train": "train", "validation": "validation"}
+_ALL = _DEV | {"test": "test"}
+_HUB = {
+    "boolq": Hub(
+        "aps/super_glue",
+        "boolq",
+        _DEV,
+        lambda r: _options(r, r["question"], ["true", "false"], 1 - r["label"], r["passage"]),
+    ),
+    "piqa": Hub("baber/piqa", None, _DEV, lambda r: _options(r, r["goal"], [r["sol1"], r["sol2"]], r["label"])),
+    "siqa": Hub(
+        "lighteval/siqa",
+        None,
+        _DEV,
+        lambda r: _options(
+            r, r["question"], [r["answerA"], r["answerB"], r["answerC"]], int(r["label"]) - 1, r["context"]
+        ),
+    ),
+    "hellaswag": Hub(
+        "Rowan/hellaswag",
+        None,
+        _DEV,
+        lambda r: _options(r, f"{r['activity_label']}: {r['ctx']}", list(r["endings"]), r["label"]),
+    ),
+    "winogrande": Hub(
+        "allenai/winogrande",
+        "winogrande_xl",
+        _DEV,
+        lambda r: _options(
+            r, r["sentence"], [r["option1"], r["option2"]], int(r["answer"]) - 1 if r["answer"] else None
+        ),
+    ),
+    "arc_easy": Hub("allenai/ai2_arc", "ARC-Easy", _ALL, _lettered("question")),
+    "arc_challenge": Hub("allenai/ai2_arc", "ARC-Challenge", _ALL, _lettered("question")),
+    "openbookqa": Hub("allenai/openbookqa", "main", _ALL, _lettered("question_stem")),
+}
+
+_READ = {
+    "boolq": _boolq,
+    "piqa": _choose(_SOLUTION, "solution", "\n\n"),
+    "siqa": _choose(_QUESTION, "answer"),
+    "hellaswag": _choose(_ENDING, "ending"),
+    "winogrande": _choose(_BLANK, "option"),
+    "arc_easy": _choose(_QUESTION, "answer"),
+    "arc_challenge": _choose(_QUESTION, "answer"),
+    "openbookqa": _choose(_QUESTION, "answer"),
+    "storycloze": _choose(_ENDING, "ending"),  # not in the paper; the wording of HellaSwag
+}
+
+TASKS = [
+    TextTask(name, "commonsense", "choice", read, (ACCURACY, ACCURACY_LL, LOSS), hub=_HUB.get(name))
+    for name, read in _READ.items()
+]

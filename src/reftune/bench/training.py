@@ -1,0 +1,156 @@
+"""The one trainer of all methods: transformers' Trainer with a fixed order of the rows, timed.
+
+Only the loss of causal models is computed otherwise, on labelled tokens alone (see `logits`), for every method alike.
+"""
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from .grid import BudgetSection
+from .logits import labelled_logits
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a training run was: its steps, mean loss, seconds in all (by the clock and of this process's CPU time, which
+    a shared machine stretches less) and of a middling step, and whether it was resumed."""
+
+    steps: int
+    loss: float
+    seconds: float
+    cpu_seconds: float
+    step_seconds: float
+    resumed: bool
+
+
+class CausalTrainer(Trainer):
+    """Trainer whose loss is the cross-entropy over labelled tokens."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = True  # tokens weigh alike in accumulated batches, whatever wraps the model
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Mean over the tokens of the batch, or their sum over `num_items_in_batch` if batches are accumulated."""
+        logits, tokens, _ = labelled_logits(model, inputs)
+        if num_items_in_batch is None:
+            loss = nn.functional.cross_entropy(logits, tokens)
+        else:
+            loss = nn.functional.cross_entropy(logits, tokens, reduction="sum") / num_items_in_batch
+        if getattr(model, "peft_type", None) == "ADALORA":
+            loss = loss + _orthogonality(model)
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+
+def _orthogonality(model: Any) -> Any:
+    """AdaLoRA's penalty on its factors, which PEFT adds only to a loss that the model computed itself."""
+    weight = model.peft_config["default"].orth_reg_weight
+    terms = []
+    for name, factor in model.named_parameters():
+        if ".lora_A." in name or ".lora_B." in name:
+            gram = factor @ factor.T if ".lora_A." in name else factor.T @ factor
+            terms.append(torch.linalg.norm(gram - torch.eye(len(gram), device=gram.device)))
+    return weight * sum(terms) / len(terms)
+
+
+class _Clock(TrainerCallback):
+    def __init__(self) -> None:
+        self.marks: list[float] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.marks.append(time.perf_counter())
+
+
+class _Allocate(TrainerCallback):
+    """AdaLoRA shares its ranks out anew after every optimiser step, while the gradients are still there."""
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        kwargs["model"].base_model.update_and_allocate(state.global_step + 1)
+
+
+def fit(
+    model: Any,
+    rows: list[Any],
+    collator: Any,
+    budget: BudgetSection,
+    *,
+    lr: float,
+    seed: int,
+    causal: bool,
+    work: Path,
+) -> Fit:
+    """Train `model` in place. `work` holds checkpoints, if any are written, and is removed at the end."""
+    arguments = training_arguments(budget, lr=lr, seed=seed, work=work)
+    clock = _Clock()
+    callbacks: list[TrainerCallback] = [clock]
+    if getattr(model, "peft_type", None) == "ADALORA":
+        callbacks.append(_Allocate())
+    trainer_class = CausalTrainer if causal else Trainer
+    trainer = trainer_class(
+        model=model, args=arguments, train_dataset=rows, data_collator=collator, callbacks=callbacks
+    )
+    _quiet(trainer)
+    checkpoint = get_last_checkpoint(str(work)) if budget.checkpoint_steps and work.is_dir() else None
+    started, cpu = time.perf_counter(), time.process_time()
+    outcome = trainer.train(resume_from_checkpoint=checkpoint)
+    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+    shutil.rmtree(work, ignore_errors=True)
+    gaps = sorted(b - a for a, b in zip(clock.marks, clock.marks[1:], strict=False))
+    middle = gaps[len(gaps) // 2] if gaps else seconds / max(outcome.global_step, 1)
+    model.eval()
+    return Fit(outcome.global_step, outcome.training_loss, seconds, cpu, middle, checkpoint is not None)
+
+
+def training_arguments(budget: BudgetSection, *, lr: float, seed: int, work: Path) -> TrainingArguments:
+    """The budget as transformers' arguments. data_seed keeps the order of rows apart from what a method draws."""
+    arguments = TrainingArguments(
+        output_dir=str(work),
+        max_steps=budget.steps if budget.steps is not None else -1,
+        num_train_epochs=budget.epochs,
+        per_device_train_batch_size=budget.batch_size,
+        gradient_accumulation_steps=budget.gradient_accumulation_steps,
+        learning_rate=lr,
+        lr_scheduler_type=budget.lr_scheduler,
+        warmup_steps=budget.warmup,
+        weight_decay=budget.weight_decay,
+        max_grad_norm=budget.max_grad_norm,
+        bf16=budget.bf16,
+        seed=seed,
+        data_seed=seed,
+        logging_strategy="no",
+        save_strategy="steps" if budget.checkpoint_steps else "no",
+        save_steps=budget.checkpoint_steps or 500,
+        save_total_limit=1,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        report_to="none",
+        dataloader_pin_memory=False,
+        use_cpu=not torch.accelerator.is_available(),
+    )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # a run is one device's; Trainer would spread its batches over all, changing their size
+    return arguments
+
+
+def total_steps(rows: int, budget: BudgetSection) -> int:
+    """Optimiser steps that a run over so many rows takes."""
+    if budget.steps is not None:
+        return budget.steps
+    batches = -(-rows // budget.batch_size)
+    return max(1, int(-(-batches // budget.gradient_accumulation_steps) * budget.epochs))
+
+
+def _quiet(trainer: Any) -> None:
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)

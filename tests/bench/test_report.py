@@ -1,0 +1,92 @@
+"""Reports of made-up results: means, spreads, plots, and what is said beside them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reftune.bench.plots import plot, plot_all
+from reftune.bench.report import cell, report, summarise
+
+
+def row(method: str, task: str, seed: int, metrics: dict[str, dict[str, float]], **more: Any) -> dict[str, Any]:
+    train = {"steps": 10, "epochs": 3.0, "batch_size": 8, "gradient_accumulation_steps": 2}
+    content: dict[str, Any] = {
+        "id": f"{method}-{task}-{seed}",
+        "stage": "final",
+        "suite": "glue",
+        "task": task,
+        "method": method,
+        "seed": seed,
+        "lr": 1e-3,
+        "trainable": 4614 if method == "loreft" else 1_000_000,
+        "head": 770,
+        "total": 10**7,
+        "metrics": metrics,
+        "selection": {"loss": 1.0},
+        "seconds": {"train": 10.0, "step": 0.5, "all": 12.0},
+        "rows": {name: {"train": 100, "select": 10, "test": 20, "digest": "x"} for name in metrics},
+        "spec": {"model": "minilm-l6", "suite": "glue", "train": train},
+        "versions": {"torch": "2.13"},
+    }
+    return content | more
+
+
+def rows() -> list[dict[str, Any]]:
+    made = []
+    for seed, gain in ((0, 0.0), (1, 0.02)):
+        made.append(row("loreft", "rte", seed, {"rte": {"accuracy": 0.6 + gain, "loss": 0.7}}, lr_at_end=True))
+        made.append(row("loreft", "cola", seed, {"cola": {"matthews": 0.4 + gain, "accuracy": 0.8}}))
+        made.append(row("lora", "rte", seed, {"rte": {"accuracy": 0.5, "loss": 0.8}}))
+        made.append(row("lora", "cola", seed, {"cola": {"matthews": 0.3, "accuracy": 0.7}}))
+    return made
+
+
+def test_the_table_has_means_spreads_parameters_and_averages() -> None:
+    text = report(rows(), "GLUE")
+    assert "| method | parameters | cola (matthews) | rte (accuracy) | average | s a step | s to train |" in text
+    assert "| loreft | 4,614 | 41.0 ± 1.4 | 61.0 ± 1.4 | 51.0 ± 1.4 | 0.50 | 10 |" in text
+    assert "| lora | 1,000,000 | 30.0 ± 0.0 | 50.0 ± 0.0 | 40.0 ± 0.0 | 0.50 | 10 |" in text
+    assert "| cola | accuracy | 80.0 ± 0.0 | 70.0 ± 0.0 |" in text
+    assert "| rte | loss | 0.700 ± 0.000 | 0.800 ± 0.000 |" in text
+    assert "10 steps of 16 rows" in text
+    assert "cola 100/10/20" in text
+    assert "770 numbers" in text
+    assert "0.001†" in text
+
+
+def test_cells() -> None:
+    assert cell([0.5]) == "50.0"
+    assert cell([]) == "–"
+    assert cell([1.0, 2.0], share=False) == "1.500 ± 0.707"
+
+
+def test_only_seeds_with_every_task_are_averaged_and_sweeps_are_no_results() -> None:
+    some = rows()[:-1]  # lora has no cola at seed 1
+    (_, lora) = summarise([*some, row("dora", "rte", 0, {}, stage="sweep")])
+    assert lora.method == "lora"
+    assert lora.average([("rte", "accuracy"), ("cola", "matthews")]) == [0.4]
+    assert "No final run is done yet; 1 sweep" in report([row("dora", "rte", 0, {}, stage="sweep")])
+
+
+def test_losses_and_shares_are_not_averaged_and_suites_stand_apart() -> None:
+    metrics = {"alpaca": {"loss": 1.5}, "ultrafeedback": {"preference": 0.6, "margin": 0.1, "loss": 1.2}}
+    text = report([row("loreft", "alpaca+ultrafeedback", 0, metrics, suite="instruct")])
+    assert "average" not in text
+    assert "alpaca (loss) | ultrafeedback (preference)" in text
+    assert "| all tasks |" in text
+    both = report([*rows(), row("loreft", "alpaca", 0, metrics, suite="instruct")])
+    assert "# Results: glue on minilm-l6" in both
+    assert "# Results: instruct on minilm-l6" in both
+
+
+def test_plots_are_written(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    probe = row("probe", "rte", 0, {"rte": {"accuracy": 0.5}, "cola": {"matthews": 0.0}}, trainable=0)
+    made = plot([*rows(), probe], tmp_path / "plots", "glue")
+    assert [path.name for path in made] == ["glue-parameters.png", "glue-time.png"]
+    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in made)
+    loss = row("loreft", "alpaca", 0, {"alpaca": {"loss": 1.5}}, suite="instruct")
+    with pytest.raises(ValueError, match="nothing to plot"):
+        plot([loss], tmp_path)
+    assert len(plot_all([*rows(), loss], tmp_path)) == 2

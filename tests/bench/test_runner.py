@@ -1,0 +1,275 @@
+"""Grids over tiny models: rows, resuming, sharing, failing; the same numbers when repeated."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.bench.places import environment, tiny_causal, tiny_data, tiny_encoder
+from tests.conftest import tiny_llama
+from tests.tiny_chat import tiny_tokenizer
+
+from reftune.bench import jobs, load_grid, run_grid
+from reftune.bench.grid import BudgetSection
+from reftune.bench.methods import attach, resolve
+from reftune.bench.progress import line, time_left, words
+from reftune.bench.runner import best_lr
+from reftune.bench.store import Store, read_rows
+from reftune.bench.training import fit
+from reftune.data import ReftDataCollator
+
+TRAIN = {"steps": 3, "batch_size": 4}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("bench")
+    return {
+        "data": str(tiny_data(root / "data")),
+        "encoder": str(tiny_encoder(root / "encoder")),
+        "causal": str(tiny_causal(root / "causal")),
+    }
+
+
+def glue(places: dict[str, str], **more: Any) -> Any:
+    methods = [{"method": "loreft", "lrs": [1e-2, 1e-1]}, {"method": "lora", "r": 2, "lrs": [1e-2]}]
+    content = {"suite": "glue", "tasks": ["rte"], "model": places["encoder"], "methods": methods, "seeds": [0, 1]}
+    return load_grid(content | {"train": TRAIN, "sweep": {"steps": 2, "by": "score"}} | more)
+
+
+def silent(_: str) -> None:
+    pass
+
+
+def scores(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return {row["id"]: (row["metrics"], row["selection"], row["train_loss"], row["lr"]) for row in rows}
+
+
+def test_a_grid_runs_resumes_and_repeats(places: dict[str, str], tmp_path: Path) -> None:
+    grid, said = glue(places, tasks=["stsb"], seeds=[0]), []
+    outcome = run_grid(grid, tmp_path / "one", data=places["data"], say=said.append)
+    plan = jobs(grid)
+    assert (outcome.finished, outcome.failed, outcome.left) == (len(plan), {}, 0)
+    assert said[0].startswith("[1/4] stsb sweep loreft seed 0 lr 0.01: selection loss")
+    assert "left" in said[0]
+    assert "left" not in said[-1]
+    lines = (tmp_path / "one" / "results.jsonl").read_text().splitlines()
+    assert len(lines) == len(plan)
+    assert [json.loads(found)["id"] for found in lines] == [row["id"] for row in read_rows(tmp_path / "one")]
+
+    again = run_grid(grid, tmp_path / "one", data=places["data"], say=said.append)
+    assert again.finished == 0
+    run_grid(grid, tmp_path / "two", data=places["data"], say=silent)
+    assert scores(read_rows(tmp_path / "one")) == scores(read_rows(tmp_path / "two"))
+    assert not list((tmp_path / "one" / "claims").glob("*.json"))
+
+
+def test_a_row_holds_what_is_needed_to_repeat_it(places: dict[str, str], tmp_path: Path) -> None:
+    grid = glue(places)
+    run_grid(grid, tmp_path, data=places["data"], say=silent)
+    rows = {(r["stage"], r["method"], r["seed"], r["lr"]): r for r in read_rows(tmp_path)}
+    sweep = [r for key, r in rows.items() if key[0] == "sweep"]
+    best = max(sweep, key=lambda r: (r["selection"]["score"], -r["selection"]["loss"]))["lr"]
+    final = rows["final", "loreft", 1, best]
+    assert [row["metrics"] for row in sweep] == [{}, {}]  # the choice never looks at the test
+    assert final["trainable"] == 2 * (2 * 16 + 1)
+    assert final["head"] == 16 * 16 + 16 + 16 * 2 + 2
+    assert set(final["metrics"]["rte"]) == {"accuracy", "loss"}
+    assert [s["lr"] for s in final["sweep"]] == [1e-2, 1e-1]
+    assert final["lr_at_end"]
+    assert final["steps"] == 3
+    assert [row["steps"] for row in sweep] == [2, 2]
+    assert final["rows"]["rte"] | {"digest": ""} == {"train": 24, "select": 8, "test": 8, "digest": ""}
+    assert set(final["versions"]) == {"python", "reftune", "torch", "transformers", "peft"}
+    assert final["seconds"]["train"] > 0
+    job = next(j for j in jobs(grid) if j.id == final["id"])
+    assert final["spec"] == json.loads(json.dumps(job.spec()))
+    assert best_lr(job, jobs(grid), Store(tmp_path))[0] == best
+    same = [rows["final", "loreft", 1, best]["rows"], rows["final", "lora", 1, 1e-2]["rows"]]
+    assert same[0] == same[1]
+
+
+@pytest.mark.parametrize(
+    ("suite", "tasks", "expected"),
+    [
+        (
+            "commonsense",
+            ["arc_easy", "boolq"],
+            {"arc_easy": {"accuracy", "accuracy_ll", "loss"}, "boolq": {"accuracy", "accuracy_ll", "loss"}},
+        ),
+        ("arithmetic", ["addsub", "aqua"], {"addsub": {"accuracy", "loss"}, "aqua": {"accuracy", "loss"}}),
+        (
+            "instruct",
+            ["alpaca", "ultrafeedback"],
+            {"alpaca": {"loss"}, "ultrafeedback": {"preference", "margin", "margin_sum", "loss"}},
+        ),
+    ],
+)
+def test_text_suites_train_once_and_score_every_task(
+    suite: str, tasks: list[str], expected: dict[str, set[str]], places: dict[str, str], tmp_path: Path
+) -> None:
+    methods = ["base", {"method": "loreft", "lrs": [1e-2]}]
+    content = {"suite": suite, "tasks": tasks, "model": places["causal"], "methods": methods, "seeds": [0]}
+    scoring = {"max_new_tokens": 4, "batch_size": 4}
+    grid = load_grid(content | {"train": TRAIN, "rows": {"train": 8, "select": 4, "test": 4}, "scoring": scoring})
+    run_grid(grid, tmp_path, data=places["data"], say=silent)
+    base, loreft = read_rows(tmp_path)
+    assert {name: set(found) for name, found in loreft["metrics"].items()} == expected
+    assert (base["trainable"], base["steps"], base["lr"], base["train_loss"]) == (0, 0, None, None)
+    assert loreft["steps"] == 3
+    assert loreft["selection"]["loss"] < base["selection"]["loss"]
+    assert all(0 <= v <= 1 for m in loreft["metrics"].values() for k, v in m.items() if k.startswith("acc"))
+
+
+def test_the_halves_of_glue_move_with_the_seed_unless_they_are_fixed(places: dict[str, str], tmp_path: Path) -> None:
+    methods = [{"method": "probe", "lrs": [1e-2]}]
+    for name, rows, count in (("moving", {}, 2), ("fixed", {"split_seed": 0}, 1)):
+        run_grid(glue(places, methods=methods, rows=rows), tmp_path / name, data=places["data"], say=silent)
+        assert len({row["rows"]["rte"]["digest"] for row in read_rows(tmp_path / name)}) == count
+
+
+def test_the_win_rate_comes_from_the_judge(
+    places: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Longer:
+        name = "longer"
+
+        def prefers(self, instruction: str, a: str, b: str) -> float:
+            return float(len(a) > len(b))
+
+    monkeypatch.setattr("reftune.bench.causal.make_judge", lambda settings: Longer() if settings else None)
+    content = {"suite": "instruct", "tasks": ["alpaca_eval"], "train_tasks": ["alpaca"], "model": places["causal"]}
+    scoring = {"max_new_tokens": 4, "judge": {"url": "u", "model": "m"}}
+    grid = load_grid(content | {"methods": ["base"], "seeds": [0], "scoring": scoring})
+    run_grid(grid, tmp_path, data=places["data"], say=silent)
+    (row,) = read_rows(tmp_path)
+    assert 0 <= row["metrics"]["alpaca_eval"]["win_rate"] <= 1
+    assert "loss" in row["metrics"]["alpaca_eval"]
+
+
+def test_selection_by_score_scores_the_selection_rows(places: dict[str, str], tmp_path: Path) -> None:
+    content = {"suite": "commonsense", "tasks": ["boolq"], "model": places["causal"], "seeds": [0], "train": TRAIN}
+    methods = [{"method": "loreft", "lrs": [1e-3, 1e-2]}]
+    grid = load_grid(content | {"methods": methods, "sweep": {"by": "score"}, "scoring": {"max_new_tokens": 2}})
+    run_grid(grid, tmp_path, data=places["data"], say=silent)
+    assert all("score" in row["selection"] for row in read_rows(tmp_path) if row["stage"] == "sweep")
+
+
+def test_a_failed_run_is_recorded_and_the_others_go_on(places: dict[str, str], tmp_path: Path) -> None:
+    methods = [{"name": "bad", "method": "lora", "target_modules": ["nothing"], "lrs": [1e-3, 1e-2]}, "probe"]
+    grid = glue(places, methods=methods)
+    said: list[str] = []
+    outcome = run_grid(grid, tmp_path, data=places["data"], say=said.append)
+    assert len(outcome.failed) == 2  # the sweeps; its final runs cannot begin
+    assert outcome.left == 4
+    assert {row["method"] for row in read_rows(tmp_path)} == {"probe"}
+    assert any(text.startswith("FAILED rte-bad") for text in said)
+    assert "modules_to_save" in next((tmp_path / "failures").iterdir()).read_text()
+
+
+def test_no_run_begins_after_the_time_is_up(places: dict[str, str], tmp_path: Path) -> None:
+    outcome = run_grid(glue(places), tmp_path, data=places["data"], minutes=0, say=silent)
+    assert (outcome.finished, outcome.left) == (0, len(jobs(glue(places))))
+
+
+SHARE = """
+import json, sys
+from reftune.bench import load_grid, run_grid
+outcome = run_grid(load_grid(json.loads(sys.argv[1])), sys.argv[2], data=sys.argv[3])
+print("finished", outcome.finished, outcome.left, flush=True)
+"""
+
+
+def start(places: dict[str, str], out: Path, content: dict[str, Any]) -> subprocess.Popen[str]:
+    arguments = [sys.executable, "-c", SHARE, json.dumps(content), str(out), places["data"]]
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment())
+
+
+def plain(places: dict[str, str], steps: int) -> dict[str, Any]:
+    methods = [{"method": "loreft", "lrs": [1e-2, 1e-1]}, {"method": "probe", "lrs": [1e-2]}]
+    content: dict[str, Any] = {"suite": "glue", "tasks": ["rte"], "model": places["encoder"], "methods": methods}
+    return content | {"seeds": [0, 1, 2], "train": {"steps": steps, "batch_size": 4}}
+
+
+@pytest.mark.slow
+def test_processes_share_a_grid_and_do_a_killed_ones_run(places: dict[str, str], tmp_path: Path) -> None:
+    content = plain(places, steps=40)
+    plan = jobs(load_grid(content))
+    workers = [start(places, tmp_path, content) for _ in range(2)]
+    deadline = time.time() + 120
+    while not list((tmp_path / "rows").glob("*.json")) and time.time() < deadline:
+        time.sleep(0.05)
+    kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "rows").glob("*.json")}
+    workers[0].kill()
+    workers[0].communicate()
+    said, _ = workers[1].communicate(timeout=120)
+    rows = read_rows(tmp_path)
+    assert sorted(row["id"] for row in rows) == sorted(job.id for job in plan)
+    assert len({row["id"] for row in rows}) == len(rows)
+    finished = int(said.rsplit("finished", 1)[1].split()[0])
+    assert 1 <= finished <= len(plan)
+    assert said.rsplit("finished", 1)[1].split()[1] == "0"
+    assert kept.items() <= {p.name: p.stat().st_mtime_ns for p in (tmp_path / "rows").glob("*.json")}.items()
+
+
+def test_a_cut_off_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    rows = [{"input_ids": [i, 3, 60, 61], "labels": [-100, -100, 60, 61]} for i in range(2, 42)]
+    budget = BudgetSection(steps=8, batch_size=4, checkpoint_steps=3)
+
+    class Cut(ReftDataCollator):
+        calls = 0
+
+        def __call__(self, features: Any) -> Any:
+            Cut.calls += 1
+            if Cut.calls == 6:
+                raise KeyboardInterrupt
+            return super().__call__(features)
+
+    def model() -> Any:
+        torch.manual_seed(0)
+        return attach(tiny_llama(), resolve("loreft", "commonsense", {"positions": "l1"}), head=[], steps=8)[0]
+
+    def train(made: Any, collator: Any, work: str) -> Any:
+        return fit(made, rows, collator, budget, lr=1e-2, seed=1, causal=True, work=tmp_path / work)
+
+    whole = model()
+    assert not train(whole, ReftDataCollator(tiny_tokenizer()), "whole").resumed
+    with pytest.raises(KeyboardInterrupt):
+        train(model(), Cut(tiny_tokenizer()), "cut")
+    resumed = model()
+    assert train(resumed, ReftDataCollator(tiny_tokenizer()), "cut").resumed
+    for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_row_is_written_once(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    row = {"id": "a", "started": "2", "x": float("nan")}
+    assert store.put(row)
+    assert not store.put(row | {"x": 1})
+    assert store.put({"id": "b", "started": "1"})
+    assert [found["id"] for found in store.rows()] == ["b", "a"]
+    assert store.get("a")["x"] is None
+    assert read_rows(tmp_path / "results.jsonl") == store.rows()
+    with pytest.raises(FileNotFoundError, match="No results in"):
+        read_rows(tmp_path / "nowhere")
+    Store(tmp_path / "empty")
+    with pytest.raises(ValueError, match="no results yet"):
+        read_rows(tmp_path / "empty")
+
+
+def test_time_left_goes_by_the_likes_of_what_is_missing(places: dict[str, str]) -> None:
+    plan = jobs(glue(places))
+    assert time_left(plan, [], 1) is None
+    first = plan[0]
+    row = {"id": first.id, "stage": "sweep", "task": "rte", "method": "loreft", "seconds": {"all": 10.0}}
+    assert time_left(plan, [row], 1) == 10.0 * (len(plan) - 1)
+    final = {"id": plan[-1].id, "stage": "final", "task": "rte", "method": "lora", "seconds": {"all": 100.0}}
+    assert time_left(plan, [row, final], 2) == (10 + 100 * 3) / 2
+    assert [words(s) for s in (42, 720, 12240)] == ["42 s", "12 min", "3.4 h"]
+    shown = row | {"suite": "glue", "metrics": {"rte": {"accuracy": 0.5}}, "selection": {}, "seed": 1, "lr": 1e-3}
+    assert line(shown, 1, 2, 60.0) == "[1/2] rte sweep loreft seed 1 lr 0.001: rte 50.0, 10 s; about 60 s left"

@@ -1,0 +1,58 @@
+"""`reftune bench`: what the verbs print and leave behind."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.bench.places import tiny_data, tiny_encoder
+from typer.testing import CliRunner
+
+from reftune.cli.app import app
+from reftune.cli.bench import overrides
+
+
+def call(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["bench", *arguments])
+
+
+def test_a_grid_from_the_command_line_to_a_report(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    grid = tmp_path / "grid.yaml"
+    methods = [{"method": "loreft", "lrs": [0.01]}, {"method": "probe", "lrs": [0.01]}]
+    grid.write_text(json.dumps({"suite": "glue", "tasks": ["rte"], "methods": methods, "model": "nowhere"}))
+    data, model = str(tiny_data(tmp_path / "data")), str(tiny_encoder(tmp_path / "encoder"))
+    out = str(tmp_path / "out")
+    options = ["--out", out, "--data", data, "--model", model, "--set", "train.steps=2", "--set", "seeds=[0, 1]"]
+    planned = call("run", str(grid), *options, "--dry-run")
+    assert "4 runs" in planned.stdout
+    assert "0 to choose learning rates, 4 final" in planned.stdout
+    assert not Path(out).exists()
+    done = call("run", str(grid), *options)
+    assert done.exit_code == 0, done.output
+    assert "4 runs done here, 0 left" in done.stdout
+    shown = call("report", out)
+    assert "| loreft | 66 |" in shown.stdout
+    written = call("report", out, "--output", str(tmp_path / "docs"), "--title", "Tiny")
+    assert written.exit_code == 0, written.output
+    text = (tmp_path / "docs" / "report.md").read_text()
+    assert text.startswith("# Tiny")
+    assert "![glue-parameters](glue-parameters.png)" in text
+    assert (tmp_path / "docs" / "glue-time.png").is_file()
+    failed = call("run", str(grid), "--out", out, "--data", data)
+    assert failed.exit_code == 1
+    assert "FAILED" in failed.output
+
+
+def test_list_names_everything() -> None:
+    shown = call("list").stdout
+    for name in ("storycloze", "adalora", "postblock", "paper/glue-large", "alpaca_eval"):
+        assert name in shown
+
+
+def test_set_reads_yaml() -> None:
+    assert overrides(["a.b=1", "c=[x, y]", "d=null", "e=1.5e-3"]) == {"a.b": 1, "c": ["x", "y"], "d": None, "e": 1.5e-3}
+    with pytest.raises(ValueError, match="takes KEY=VALUE"):
+        overrides(["a"])
+    with pytest.raises(ValueError, match="is not YAML"):
+        overrides(["a=[1"])
