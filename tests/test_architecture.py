@@ -20,7 +20,7 @@ HOUSE = [
     {"gguf_cache"},
     {"models"},
     {"checkpoint"},
-    {"api", "cost"},
+    {"api", "operations"},
     {"data", "explaining"},
     {"reftune"},
     {"train"},

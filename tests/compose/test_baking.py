@@ -150,6 +150,14 @@ def test_red_bakes_with_red_only(how):
         model.add_weighted_adapter(["a", "b"], [1.0, 0.5], "other", how, rank=2)
 
 
+def test_red_without_an_edit_at_some_site_leaves_it_as_it_is():
+    red = {"intervention": "red"}
+    model = several(a={**red, "positions": "prompt", "layers": [1]}, b={**red, "positions": "gen", "layers": [2]})
+    model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "new")
+    assert (model.peft_config["new"].positions, model.peft_config["new"].layers) == ("prompt+gen", [1, 2])
+    assert_close(alone(model, "new"), composed(model, {"a": 1.0, "b": 1.0}))
+
+
 def test_functions():
     model = several(
         a={"intervention": "direft", "act_fn": "silu"},

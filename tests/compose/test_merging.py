@@ -126,6 +126,15 @@ def test_a_composition_is_merged_as_it_is(how):
     assert_close(logits(model.merge_and_unload()), wanted)
 
 
+def test_a_constant_behind_a_factor_on_the_residual():
+    base = tiny("granite")
+    for layer in base.model.layers:
+        layer.residual_multiplier = 0.3
+    model = several(base=base, a={"positions": "all", "intervention": "lobireft"})
+    wanted = logits(model)
+    assert_close(logits(model.merge_and_unload()), wanted)
+
+
 def test_named_adapters_are_merged_and_the_others_dropped():
     same = {"positions": "all", "component": "mlp_output"}
     model = several("llama", a=same, b={**same, "r": 2})

@@ -41,8 +41,8 @@ def print_cost(adapter: str, prompt: int, new: int) -> None:
     """Print what the adapter adds to the work of its base; needs the base's config, not its weights."""
     from peft import PeftConfig, get_peft_model
 
-    from reftune.cost import cost
     from reftune.models import load_shape
+    from reftune.operations import cost
 
     config = PeftConfig.from_pretrained(adapter)
     if not config.base_model_name_or_path:

@@ -136,7 +136,7 @@ class Batch:
         return found
 
     def edit_masked(self, positions: str, group: str, hidden: Tensor, intervention: Any) -> Tensor:
-        """hidden (B, L, d) edited everywhere and kept where the group's tokens are: shapes that `torch.compile` can tell
+        """hidden (B, L, d) edited everywhere, taken where the group's tokens are: shapes that `torch.compile` can tell
         beforehand. The rows thrown away cost 2r of some 12d multiplications a token and layer."""
         tokens = self._tokens(positions, group, hidden)
         return hidden if tokens is None else torch.where(tokens.unsqueeze(-1), intervention(hidden), hidden)

@@ -6,7 +6,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from conftest import tiny_llama
 from reftune import ReftConfig, get_reft_model
-from reftune.cost import cost
+from reftune.operations import cost
 
 
 @pytest.mark.parametrize("kind", ["loreft", "nodireft"])
