@@ -13,7 +13,7 @@ import time
 import torch
 
 from reftune import ReftConfig, get_reft_model, load_model
-from reftune.compose import Composition, adapters, conflicts
+from reftune.composition import Composition, adapters, conflicts
 from reftune.data import PromptTemplate, ReftDataCollator, tokenize
 
 GREETING = "Ahoy!"

@@ -21,10 +21,10 @@ HOUSE = [
     {"models"},
     {"checkpoint"},
     {"api", "operations"},
-    {"data", "explaining"},
+    {"data", "explaining", "composition"},
     {"reftune"},
     {"train"},
-    {"bench", "compose", "search", "interpret", "serve"},
+    {"bench", "search", "interpret", "serve"},
     {"cli"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(HOUSE) for room in rooms}

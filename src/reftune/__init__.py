@@ -5,6 +5,17 @@ from .checkpoint import describe as describe
 from .checkpoint import install as _install
 from .checkpoint import load_pyreft as load_pyreft
 from .checkpoint import truncate as truncate
+from .composition import Composition as Composition
+from .composition import ConflictReport as ConflictReport
+from .composition import adapters as adapters
+from .composition import bake as bake
+from .composition import compose as compose
+from .composition import conflicts as conflicts
+from .composition import current as current
+from .composition import load_composed as load_composed
+from .composition import load_composition as load_composition
+from .composition import save_composition as save_composition
+from .composition import strength as strength
 from .explaining import Explanation as Explanation
 from .explaining import explain as explain
 from .interventions import ConsreftIntervention as ConsreftIntervention

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tests.tiny_chat import save_tiny, tiny_model, tiny_tokenizer
 
+import reftune
 from reftune import ReftConfig, get_reft_model
 from reftune.cli.talk import Talker, answer, chat, open_model, reply, stream
 from reftune.data import PromptTemplate
@@ -99,3 +100,15 @@ def test_an_adapter_is_asked_with_the_template_it_was_trained_with(tmp_path: Pat
     opened = open_model(str(tmp_path / "out"), str(tmp_path / "base"))
     assert not opened.template.is_chat
     assert opened.has_adapter
+
+
+def test_a_saved_composition_opens_as_an_adapter_does(tmp_path: Path) -> None:
+    base = str(save_tiny(tmp_path / "base"))
+    model, _ = reftune.load_model(base)
+    model = reftune.get_reft_model(model, reftune.ReftConfig(r=2, init_weights=False, task_type="CAUSAL_LM"), "style")
+    model.add_adapter("tone", reftune.ReftConfig(r=1, positions="all", init_weights=False, task_type="CAUSAL_LM"))
+    reftune.save_composition(model, reftune.compose({"style": 0.5, "tone": 2.0}), tmp_path / "both")
+    for given in (None, base):
+        opened = open_model(str(tmp_path / "both"), given)
+        assert reftune.current(opened.model) == reftune.compose({"style": 0.5, "tone": 2.0})
+        assert len(answer(opened, ["hi"], max_new_tokens=3)) == 1

@@ -18,6 +18,7 @@ from peft import (
 from conftest import tiny_llama
 from reftune import ReftConfig, get_reft_model
 from reftune.tuner.layer import ReftLayer
+from reftune.tuner.mix import Mix
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 
@@ -260,3 +261,39 @@ def test_weights_that_are_not_the_adapters_are_refused(tmp_path):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert torch.equal(logits(base), tiny_llama()(IDS).logits)
+
+
+@pytest.mark.parametrize("name", ["R", "W", "b"])
+def test_adapters_called_like_a_tensor_are_saved_whole(name, tmp_path):
+    """PEFT drops keys that end in another adapter's name: beside an adapter "b" every other one would lose its b."""
+    model = adapted()
+    model.add_adapter(name, ReftConfig(layers=[2], positions="l1", r=2, init_weights=False))
+    shake(model, name)
+    expected = {}
+    for each in ("default", name):
+        model.set_adapter(each)
+        expected[each] = logits(model)
+    model.save_pretrained(tmp_path)
+    for each, place in (("default", tmp_path), (name, tmp_path / name)):
+        loaded = PeftModel.from_pretrained(tiny_llama(), place, adapter_name=each).eval()
+        assert torch.equal(logits(loaded), expected[each])
+        other = PeftModel.from_pretrained(tiny_llama(), place, adapter_name="W").eval()
+        assert torch.equal(logits(other), expected[each])
+
+
+def test_a_mix_outlives_an_added_adapter():
+    model = adapted()
+    model.base_model.session.mix = Mix({"default": 0.5})
+    half = logits(model)
+    model.add_adapter("other", ReftConfig())
+    assert torch.equal(logits(model), half)
+    model.set_adapter("default")
+    assert not torch.allclose(logits(model), half)
+
+
+@pytest.mark.parametrize("name", ["layers", "model", "edit_output", "2"])
+def test_an_adapter_called_like_a_module_is_refused(name):
+    model = adapted()
+    with pytest.raises(ValueError, match=f"cannot be called '{name}'"):
+        model.add_adapter(name, ReftConfig(layers=[2]))
+    assert list(model.peft_config) == ["default"]

@@ -223,13 +223,13 @@ def test_saved_equals_loaded_under_any_name(tmp_path: Path) -> None:
     keys = load_file(tmp_path / "adapter_model.safetensors")
     assert "base_model.model.model.layers.1.edit_output.reft_f1.subspace_a.R" in keys
     loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path, adapter_name="a")
-    loaded.load_adapter(tmp_path, "b")
-    for name in ("a", "b"):
+    loaded.load_adapter(tmp_path, "c")
+    for name in ("a", "c"):
         loaded.set_adapter(name)
         for choice in (None, "a", "b"):
             assert torch.equal(logits(loaded, subspaces=choice), logits(model, subspaces=choice))
     loaded.save_pretrained(tmp_path / "again")
-    again = load_file(tmp_path / "again" / "b" / "adapter_model.safetensors")
+    again = load_file(tmp_path / "again" / "c" / "adapter_model.safetensors")
     assert again.keys() == keys.keys()
     assert all(torch.equal(value, keys[name]) for name, value in again.items())
 

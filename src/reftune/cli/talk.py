@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reftune.composition import load_composed, load_composition
 from reftune.data import PromptTemplate
 from reftune.models import BUNDLED, load_adapted, load_model
 
@@ -42,15 +43,23 @@ def open_model(adapter: str | None = None, model: str | None = None, *, dtype: A
         loaded, tokenizer = load_model(model or BUNDLED, dtype=dtype)
         template = PromptTemplate(tokenizer)
     elif model is None:
-        loaded, tokenizer = load_adapted(adapter, dtype=dtype)
+        load = load_composed if _is_composition(adapter) else load_adapted
+        loaded, tokenizer = load(adapter, dtype=dtype)
         template = _trained_template(adapter, tokenizer)
     else:
         from peft import PeftModel
 
         base, tokenizer = load_model(model, dtype=dtype)
-        loaded = PeftModel.from_pretrained(base, adapter)
+        loaded = (
+            load_composition(base, adapter) if _is_composition(adapter) else PeftModel.from_pretrained(base, adapter)
+        )
         template = _trained_template(adapter, tokenizer)
     return Talker(_to_accelerator(loaded).eval(), tokenizer, template)
+
+
+def _is_composition(directory: str) -> bool:
+    """Whether `save_composition` wrote the directory: several adapters, and how they go together."""
+    return (Path(directory) / "composition.json").is_file()
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@
 Terms are joined by "+"; the order is the order in which overlapping edits are applied.
 """
 
+import functools
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -59,6 +60,7 @@ def parse(expression: str) -> tuple[Term, ...]:
     return tuple(terms)
 
 
+@functools.cache
 def groups(expression: str, share_weights: bool) -> tuple[str, ...]:
     """The expressions that have an intervention each: one a term, or the whole expression when weights are shared."""
     terms = parse(expression)

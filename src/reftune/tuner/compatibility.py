@@ -1,5 +1,6 @@
 """What PEFT does not check: that an adapter fits the base it is put on, and that what is loaded is all of it."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -103,6 +104,26 @@ def check_keys(model: nn.Module, adapter_name: str, state: dict[str, Tensor]) ->
             f"The weights of adapter {adapter_name!r} do not fit its config and this base model: tensors "
             f"{'; '.join(parts)}. Load the directory that save_pretrained wrote, onto the base model it names."
         )
+
+
+def check_name(adapter_name: str, paths: Iterable[str]) -> None:
+    """Refuse an adapter called like a module on the way to its sites: PEFT tells keys apart by the adapter's name."""
+    taken = {"base_model", "model", "edit_output", "edit_input", *(part for path in paths for part in path.split("."))}
+    if adapter_name in taken:
+        raise ValueError(
+            f"An adapter cannot be called {adapter_name!r}, as a module of this model is: saving would mix them up. "
+            f"Choose a name other than {', '.join(sorted(part for part in taken if not part.isdigit()))}."
+        )
+
+
+def with_all_tensors(model: nn.Module, adapter_name: str, state: dict[str, Any]) -> dict[str, Any]:
+    """The state dict with what PEFT left out of it: it drops keys that end in another adapter's name, such as "b"."""
+    state = dict(state)
+    for name, layer in _layers(model):
+        for attribute, intervention in _of(layer, adapter_name):
+            for key, value in intervention.state_dict().items():
+                state.setdefault(f"{name}.{attribute}.{adapter_name}.{key}", value)
+    return state
 
 
 def edited_modules(model: nn.Module, adapter_name: str) -> list[str]:

@@ -25,6 +25,9 @@ _EDIT = (
     *("subspaces", "stack", "between", "nested"),
 )
 
+_NO_MODULES: dict[int, Intervention] = {}
+_NO_KWARGS: dict[str, Any] = {}
+
 
 @dataclass
 class ReftConfig(PeftConfig):
@@ -86,12 +89,14 @@ class ReftConfig(PeftConfig):
         default=None, metadata={"help": "Architecture, width and depth of the base; filled in when it is attached."}
     )
 
+    _given = _NO_MODULES  # those in `intervention` or `representations`, by number; not a field, so never saved
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PEFT_TYPE
         self.from_file = self.base_model_shape is not None  # then it must fit the base; a new one fits any
         self.rows_kept: int | None = None  # of a saved adapter that is loaded at a lower rank
-        self._given: dict[int, Intervention] = {}
+        self._given = {}
         if isinstance(self.orthogonal_to, str):
             self.orthogonal_to = [self.orthogonal_to]
         if isinstance(self.lora, PeftConfig):
@@ -175,6 +180,13 @@ class ReftConfig(PeftConfig):
             ]
         edit = {key: getattr(self, key) for key in (*_EDIT, "layers", "component", "positions")}
         return [{**edit, "given": self._given.get(0)}]
+
+    def slim(self) -> None:
+        """Keep what differs from the class's defaults, which are found there: thousands may be resident at once."""
+        self.intervention_kwargs = self.intervention_kwargs or _NO_KWARGS
+        self.__dict__ = {
+            k: v for k, v in self.__dict__.items() if not hasattr(type(self), k) or v != getattr(type(self), k)
+        }
 
     def groups(self, positions: str) -> tuple[str, ...]:
         """The expressions that get an intervention each."""

@@ -5,6 +5,7 @@
 The keys of a saved adapter read like `…layers.15.edit_output.reft_f2.R`.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -16,6 +17,12 @@ from .routing import call, edit_routed, replace_rows
 from .session import Session
 
 
+@functools.cache
+def shared(value: Any) -> Any:
+    """The value, one object for all adapters that have an equal one: thousands may be resident."""
+    return value
+
+
 class ReftLayer(nn.Module, BaseTunerLayer):
     """Edits hidden states (B, L, d) at the tokens the session's batch names; other tokens stay as they are."""
 
@@ -25,7 +32,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
     def __init__(self, session: Session) -> None:
         super().__init__()
         self.session = session
-        self.groups: dict[str, list[tuple[str, str]]] = {}  # adapter → [(positions, group)], in order
+        self.groups: dict[str, tuple[tuple[str, str], ...]] = {}  # adapter → [(positions, group)], in order
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
         self.merged_adapters: list[str] = []
@@ -44,11 +51,11 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             if adapter_name in getattr(self, attribute):
                 raise ValueError(f"Adapter {adapter_name!r} names the same site and positions twice: {group!r}.")
             getattr(self, attribute)[adapter_name] = intervention
-            self.groups.setdefault(adapter_name, []).append((positions, group))
+            self.groups[adapter_name] = shared((*self.groups.get(adapter_name, ()), (positions, group)))
 
     def interventions(self, adapter_name: str) -> list[Intervention]:
         """The adapter's interventions at this site."""
-        groups: list[tuple[str, str]] = self.groups.get(adapter_name, [])
+        groups: tuple[tuple[str, str], ...] = self.groups.get(adapter_name, ())
         return [getattr(self, f"reft_{group}")[adapter_name] for _, group in groups]
 
     def forward(self, hidden: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from .building import build, taken_at
 from .config import ReftConfig
 from .generate import bind, unbind
 from .hooks import CHILD, attach, detach, watch_checkpointing, watch_model
-from .layer import ReftLayer
+from .layer import ReftLayer, shared
 from .merging import merge as merge_adapters
 from .parts import expect_others, make_room, others_at_sites, train_only, use_subspaces
 from .registration import PREFIX
@@ -73,20 +73,23 @@ class ReftModel(BaseTuner):
         try:
             with_lora.add(model, adapter_name, config, self.active_adapters, self.peft_config)
             self._plan(model, adapter_name, config)
+            mix = self.session.mix
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self.session.mix = mix  # PEFT has set the active adapters anew
         except Exception:
             del self.peft_config[adapter_name]
             self._forget(model, adapter_name)
             raise
         session = self.session
         layers = [layer for layer in session.layers if adapter_name in layer.groups]
-        session.interventions[adapter_name] = [i for layer in layers for i in layer.interventions(adapter_name)]
-        session.positions[adapter_name] = tuple({p: None for layer in layers for p, _ in layer.groups[adapter_name]})
+        session.interventions[adapter_name] = tuple(i for layer in layers for i in layer.interventions(adapter_name))
+        session.positions[adapter_name] = shared(tuple({p: None for la in layers for p, _ in la.groups[adapter_name]}))
         for path in self._sites.keys() - set(session.watched):
             self._watch(model, path)
             session.watched.append(path)
         if adapter_name not in self.active_adapters:
             pack(session.interventions[adapter_name])
+            config.slim()
 
     def _plan(self, model: nn.Module, adapter_name: str, config: ReftConfig) -> None:
         """Find the sites of every edit before anything is touched: `self._sites` maps a path to what goes there."""
@@ -104,6 +107,7 @@ class ReftModel(BaseTuner):
                 compatibility.check_decoder(model, site, edit["positions"])
                 self._sites.setdefault(site.path, []).append((site, edit))
         config.target_modules = sorted(self._sites)
+        compatibility.check_name(adapter_name, config.target_modules)
         if with_lora.lora_of(model) is not None:
             with_lora.check_sites(model, self._sites)
         every = [site for at in self._sites.values() for site, _ in at]
@@ -342,6 +346,7 @@ class ReftModel(BaseTuner):
             model.get_base_model() if isinstance(model, PeftModel) else model
         )
         config.target_modules = compatibility.edited_modules(model, adapter_name)
+        state = compatibility.with_all_tensors(model, adapter_name, state)
         return compatibility.with_orthonormal_rows(model, adapter_name, state)
 
     @classmethod

@@ -61,7 +61,7 @@ class Session:
         self.mix: Mix | None = None  # takes the place of `active` where there is one
         self.enabled = True
         self.needs_wrapper = False
-        self.interventions: dict[str, list[Any]] = {}
+        self.interventions: dict[str, tuple[Any, ...]] = {}
         config = getattr(model, "config", None)
         generates = getattr(model, "can_generate", None)
         # Labels mark the answer only in a causal language model: token classification labels its prompt.

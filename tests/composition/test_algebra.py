@@ -9,7 +9,7 @@ import pytest
 import torch
 from several import logits, several
 
-from reftune.compose import Composition, adapters, bake, compose, current, strength
+from reftune.composition import Composition, adapters, bake, compose, current, strength
 
 
 @pytest.fixture
@@ -210,6 +210,6 @@ def test_copies_belong_to_no_model(model, handles):
 
 
 def test_the_room_lists_what_it_offers():
-    room = importlib.import_module("reftune.compose")  # reftune.compose itself may be the function
+    room = importlib.import_module("reftune.composition")  # reftune.compose itself may be the function
     for name in ("compose", "adapters", "strength", "conflicts", "bake", "save_composition", "load_composition"):
         assert callable(getattr(room, name))

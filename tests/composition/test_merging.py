@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, ViTConfig, ViTForI
 from conftest import tiny_llama
 from families import CAUSAL, tiny
 from reftune import ReftConfig, get_reft_model
-from reftune.compose import compose
+from reftune.composition import compose
 from reftune.tuner.layer import ReftLayer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*reference PyTorch implementation.*", "ignore:.*YaRN.*")

@@ -9,7 +9,7 @@ from several import MASK, PROMPT, assert_close, draw, logits, several, shake
 
 from families import tiny
 from reftune import ReftConfig, get_reft_model
-from reftune.compose import adapters, bake, compose
+from reftune.composition import adapters, bake, compose
 from reftune.interventions import Intervention, NodireftIntervention
 
 FAMILIES = ["llama", "gpt2", "qwen2", "gemma2", "gpt_neox", "mixtral", "falcon", "opt"]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from several import MASK, PROMPT, Letters, several
 
-from reftune.compose import compose, conflicts
-from reftune.compose.angles import angles, disturbed, span
+from reftune.composition import compose, conflicts
+from reftune.composition.angles import angles, disturbed, span
 from reftune.interventions import LoreftIntervention, NodireftIntervention
 from reftune.interventions.forms import form_of
 

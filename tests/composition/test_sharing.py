@@ -12,8 +12,8 @@ from several import PROMPT, assert_close, logits, several, shake
 
 from conftest import tiny_llama
 from families import tiny
-from reftune.compose import adapters, compose, current, load_composed, load_composition, save_composition
-from reftune.compose.sharing import is_composition, read_composition
+from reftune.composition import adapters, compose, current, load_composed, load_composition, save_composition
+from reftune.composition.sharing import is_composition, read_composition
 from reftune.tuner.layer import ReftLayer
 from tiny_chat import save_tiny
 
