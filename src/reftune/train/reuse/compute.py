@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ...tuner.session import Session
+from .attention import attention_configs
 from .logits import only_rows
 from .prefix import unpack
 from .states import output_of, skip_blocks
@@ -28,6 +29,7 @@ class Frozen:
 
     def __init__(self, base: Any, session: Session, blocks: Sequence[Any], autocast: Any = nullcontext) -> None:
         self.base, self.session, self.blocks, self.autocast = base, session, blocks, autocast
+        self.attention = attention_configs(base)
         self._as_tuple: bool | None = None
 
     @torch.no_grad()

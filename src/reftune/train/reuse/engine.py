@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .attention import packed
 from .compute import Frozen, takes
 from .fingerprint import entry_key, fingerprint, holders, versions
 from .logits import only_rows
@@ -144,6 +145,7 @@ class Reuse:
             if window.past:
                 heads = [{name: tensor.to(device) for name, tensor in entry.items()} for entry in heads]
                 call["past_key_values"] = head_cache(heads, [row.start for row in rows], len(frozen.blocks))
+                contexts.append(lambda: packed(frozen.attention))
             if depth:
                 width = window.input_ids.shape[1]
                 state = torch.stack([_padded(s, width) for s in states]).to(_device(frozen.blocks[depth - 1], device))
