@@ -13,6 +13,7 @@ from conftest import tiny_llama
 from reftune import ReftConfig
 from reftune.interventions.orthogonal import orthonormal_rows
 from reftune.positions import NoPromptError
+from reftune.tuner.batch import Rows
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
@@ -77,7 +78,7 @@ class Spy:
             return
         places, ids = batch.places, self.ids.reshape(-1)
         index, segment = places.index.reshape(-1), places.segment.reshape(-1)
-        rows = torch.cat([r.index for r in batch._rows.values() if r is not None])
+        rows = torch.cat([found.index for found in batch._found.values() if isinstance(found, Rows)])
         assert (index[rows] >= 0).all(), "a token outside all prompts is edited"
         for number in segment[index >= 0].unique():
             prompt = tuple(ids[(segment == number) & (index >= 0)].tolist())
