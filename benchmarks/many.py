@@ -94,6 +94,7 @@ def routing(rows: int, length: int, positions: str, layers: str, rounds: int, ne
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--what", nargs="+", default=["memory", "routing"])
     parser.add_argument("--adapters", type=int, default=1000)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rows", type=int, default=32)
@@ -106,19 +107,20 @@ def main() -> None:
         f"torch {torch.__version__}, transformers {transformers.__version__}, reftune {reftune.__version__}, "
         f"{platform.machine()}, {a.threads} thread(s)\n"
     )
-    print("| layers | positions | adapters | their bytes, MB | memory grew, MB | over | one switch, ms |")
-    print("|---|---|---|---|---|---|---|")
-    for layers, positions in (("mid", "f2+l2"), ("mid", "l1"), ("all", "l1")):
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:  # a fresh heap for each
-            print(
-                process.submit(memory, a.adapters if layers == "mid" else a.adapters // 10, positions, layers).result()
-            )
-    print(f"\n{a.rows} rows of {a.length} tokens, ms: the base, all rows with one adapter, each row with its own\n")
-    print("| | layers | positions | base | one | own | own / one | own / base |")
-    print("|---|---|---|---|---|---|---|---|")
-    for layers, positions in (("mid", "f2+l2"), ("all", "f2+l2"), ("all", "l1+gen")):
-        for line in routing(a.rows, a.length, positions, layers, a.rounds, a.new_tokens):
-            print(line, flush=True)
+    if "memory" in a.what:
+        print("| layers | positions | adapters | their bytes, MB | memory grew, MB | over | one switch, ms |")
+        print("|---|---|---|---|---|---|---|")
+        for layers, positions in (("mid", "f2+l2"), ("mid", "l1"), ("all", "l1")):
+            count = a.adapters if layers == "mid" else a.adapters // 10
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:  # a fresh heap for each
+                print(process.submit(memory, count, positions, layers).result(), flush=True)
+    if "routing" in a.what:
+        print(f"\n{a.rows} rows of {a.length} tokens, ms: the base, all rows with one adapter, each row with its own\n")
+        print("| | layers | positions | base | one | own | own / one | own / base |")
+        print("|---|---|---|---|---|---|---|---|")
+        for layers, positions in (("mid", "f2+l2"), ("all", "f2+l2"), ("all", "l1+gen")):
+            for line in routing(a.rows, a.length, positions, layers, a.rounds, a.new_tokens):
+                print(line, flush=True)
 
 
 if __name__ == "__main__":
