@@ -25,13 +25,12 @@ test: install-dev
 
 # The oldest transformers of pyproject.toml. Left out is what that version cannot do by itself: Jamba without a GPU,
 # RecurrentGemma with a cache, EuroBERT, and `generate` with chunked prefill or prompt lookup.
-# And one fault of ours, kept in docs/peft.md: generation compiled by hand with a static cache and `gen` positions.
 OLDEST = .oldest
 test-oldest: install-dev
 	test -d $(OLDEST)/transformers || $(BIN)/pip install --quiet --target $(OLDEST) --constraint constraints.txt 'transformers==5.0.0'
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/integration tests/tuner tests/properties tests/checkpoint \
 		tests/train/test_reuse.py tests/train/test_reuse_store.py tests/train/test_reuse_attention.py \
-		-m 'not real' -k 'not (jamba or recurrent_gemma or eurobert or chunked or prompt_lookup or compiled_model_generates)'
+		-m 'not real' -k 'not (jamba or recurrent_gemma or eurobert or chunked or prompt_lookup)'
 
 # What benchmarks/against_pyreft.py compares with: pyreft and the old packages it needs, beside our own.
 peers: install-dev

@@ -181,7 +181,7 @@ class Session:
         if prompt is not None and prompt.read and self._only_prompt_terms():
             return Batch(Inputs(shape, past=prompt.columns), prompt, names, mix, nothing=True)
 
-        past = _past(cache, prompt)
+        past = _past(cache, prompt, get("cache_position"))
         if past == 0 and state.prompt is None:
             prompt = None  # an emptied cache begins a new prompt
         labels = get("labels") if self.reads_labels else None
@@ -237,12 +237,15 @@ def _cache(get: Any) -> Any:
     return cache if cache is not None else get("cache_params")
 
 
-def _past(cache: Any, prompt: Prompt | None) -> int:
-    """Columns that the cache holds already."""
+def _past(cache: Any, prompt: Prompt | None, places: Any = None) -> int:
+    """Columns that the cache holds already. `places` (columns,) is where this pass's stand, if the call says so."""
     if cache is None:
         return 0
     try:
-        length = int(cache.get_seq_length())
+        length = cache.get_seq_length()
+        if isinstance(length, Tensor) and isinstance(places, Tensor) and places.dim() == 1 and places.numel():
+            length = places[0]  # transformers 5.0 counts a static cache's keys that are not zero: padding's may be
+        length = int(length)
     except (AttributeError, TypeError, ValueError, NotImplementedError):
         length = 0
     if length == 0 and prompt is not None and prompt.cache is cache:
