@@ -7,10 +7,12 @@ settings are interleaved; medians, and the smallest and largest.
 """
 
 import argparse
+import ctypes
 import gc
 import os
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -31,8 +33,9 @@ def base() -> LlamaForCausalLM:
 
 
 def resident() -> int:
-    """Bytes of this process in memory (Linux)."""
+    """Bytes of this process in memory (Linux), without what the C library keeps for later."""
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
@@ -47,21 +50,30 @@ def medians(rounds: int, settings: dict[str, Callable[[], object]]) -> dict[str,
     return {name: (statistics.median(t[1:]), min(t[1:]), max(t[1:])) for name, t in times.items()}
 
 
-def memory(adapters: int, positions: str, layers: str) -> str:
+def memory(adapters: int, positions: str, layers: str, loaded: bool) -> str:
     model = reftune.get_reft_model(base(), reftune.ReftConfig(positions=positions, layers=layers)).eval()
-    for number in range(20):
-        model.add_adapter(f"w{number}", reftune.ReftConfig(positions=positions, layers=layers))
-    before = resident()
-    for number in range(adapters):
-        model.add_adapter(f"a{number}", reftune.ReftConfig(positions=positions, layers=layers))
-    grown = resident() - before
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+
+        def more(name: str) -> None:
+            if loaded:
+                model.load_adapter(folder, name)
+            else:
+                model.add_adapter(name, reftune.ReftConfig(positions=positions, layers=layers))
+
+        for number in range(20):
+            more(f"w{number}")
+        before = resident()
+        for number in range(adapters):
+            more(f"a{number}")
+        grown = resident() - before
     own = adapters * 4 * sum(p.numel() for name, p in model.named_parameters() if ".w1." in name)
     switches = []
     for number in range(200):
         begin = time.perf_counter()
         model.set_adapter(f"a{number * 7 % adapters}")
         switches.append(time.perf_counter() - begin)
-    cells = (layers, positions, adapters, f"{own / 1e6:.1f}", f"{grown / 1e6:.1f}", f"{grown / own - 1:+.1%}")
+    cells = (layers, positions, "loaded" if loaded else "added", adapters, f"{own / 1e6:.1f}", f"{grown / 1e6:.1f}", f"{grown / own - 1:+.1%}")
     return "| " + " | ".join(map(str, (*cells, f"{1e3 * statistics.median(switches):.2f}"))) + " |"
 
 
@@ -108,12 +120,13 @@ def main() -> None:
         f"{platform.machine()}, {a.threads} thread(s)\n"
     )
     if "memory" in a.what:
-        print("| layers | positions | adapters | their bytes, MB | memory grew, MB | over | one switch, ms |")
-        print("|---|---|---|---|---|---|---|")
+        print("| layers | positions | | adapters | their bytes, MB | memory grew, MB | over | one switch, ms |")
+        print("|---|---|---|---|---|---|---|---|")
         for layers, positions in (("mid", "f2+l2"), ("mid", "l1"), ("all", "l1")):
             count = a.adapters if layers == "mid" else a.adapters // 10
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:  # a fresh heap for each
-                print(process.submit(memory, count, positions, layers).result(), flush=True)
+            for loaded in (False, True):
+                with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:  # a fresh heap for each
+                    print(process.submit(memory, count, positions, layers, loaded).result(), flush=True)
     if "routing" in a.what:
         print(f"\n{a.rows} rows of {a.length} tokens, ms: the base, all rows with one adapter, each row with its own\n")
         print("| | layers | positions | base | one | own | own / one | own / base |")

@@ -38,6 +38,20 @@ def test_a_slim_module_edits_hooks_copies_and_loads_as_before() -> None:
     assert torch.equal(other(H), expected)
 
 
+def test_reading_and_loading_make_no_tables() -> None:
+    module = LoreftIntervention(16, 2)
+    module.slim()
+    module(H)
+    module.load_state_dict(module.state_dict())
+    module.eval()
+    assert size(module) == 0
+    seen = []
+    handles = [module.register_forward_pre_hook(lambda *_: seen.append(1)) for _ in range(2)]
+    handles[0].remove()
+    module(H)
+    assert len(seen) == 1
+
+
 def test_packing_keeps_the_numbers_in_one_block_and_can_be_trained_on() -> None:
     modules = [LoreftIntervention(16, 2, init_weights=False), LoreftIntervention(16, 3, dtype=torch.float64)]
     expected = [module(H.to(module.R.dtype)) for module in modules]

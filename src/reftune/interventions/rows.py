@@ -196,7 +196,7 @@ class LowRankIntervention(Intervention):
         return {**super().config(), "nested": everything or ranks if ranks else False}
 
     def train(self, mode: bool = True) -> "LowRankIntervention":
-        self._settled = None  # R may have been written through `.data`, which leaves no trace
+        self.__dict__.pop("_settled", None)  # R may have been written through `.data`, which leaves no trace
         super().train(mode)
         return self
 

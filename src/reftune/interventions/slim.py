@@ -1,11 +1,13 @@
-"""`SlimModule`: an nn.Module whose tables of hooks are made when they are first asked for.
+"""`SlimModule`: an nn.Module without tables of hooks until a hook is registered.
 
 nn.Module keeps a dozen empty tables, 1.8 kB. That is nothing for a layer, but a tenth of a rank-4 adapter of a small
 model, of which a server holds thousands.
 """
 
+import functools
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 _TABLES = {
     name: type(value) for name, value in nn.Module().__dict__.items() if isinstance(value, (OrderedDict, set))
 }  # of hooks, and the names of buffers that are not saved
+_EMPTY: MappingProxyType[Any, Any] = MappingProxyType(OrderedDict())  # what a reader of a table that is not there sees
 
 
 class SlimModule(nn.Module):
@@ -28,9 +31,24 @@ class SlimModule(nn.Module):
                         del module.__dict__[name]
 
     def __getattr__(self, name: str) -> Any:
-        if name in _TABLES:
-            return self.__dict__.setdefault(name, _TABLES[name]())
+        if name in _TABLES:  # loading one adapter reads the tables of all: they stay away
+            return _EMPTY if _TABLES[name] is OrderedDict else self.__dict__.setdefault(name, _TABLES[name]())
         return super().__getattr__(name)
+
+
+def _with_tables(register: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(register)
+    def wrapped(self: SlimModule, *args: Any, **kwargs: Any) -> Any:
+        for name, kind in _TABLES.items():
+            self.__dict__.setdefault(name, kind())
+        return register(self, *args, **kwargs)
+
+    return wrapped
+
+
+for _name in dir(nn.Module):
+    if _name.endswith("_hook") and _name.lstrip("_").startswith("register_"):
+        setattr(SlimModule, _name, _with_tables(getattr(nn.Module, _name)))
 
 
 def pack(modules: Sequence[nn.Module]) -> None:
