@@ -4,15 +4,15 @@
     python benchmarks/against_pyreft.py --threads 1
 
 pyreft needs old packages, so it runs in a process of its own (`peers/pyreft_worker.py`); the methods take turns within
-every round, and what is timed is CPU time of the process that works. LoReFT r=4 with a prefix and a suffix intervention
-a layer (`f2+l2`, untied), SmolLM2-135M's shape, random weights, fp32; LoRA r=8 on all linear layers. A step is forward,
-backward and AdamW on `batch` rows of `length` tokens, `response` of them labelled.
+every round, and what is timed is CPU time of the process that works. LoReFT r=4 with an intervention a layer for each
+term of the positions (untied), SmolLM2-135M's shape, random weights, fp32; LoRA r=8 on all linear layers. A step is
+forward, backward and AdamW on `batch` rows of `length` tokens, `response` of them labelled; "Trainer": as `ReftTrainer`
+steps, with what it reuses, in the first epoch and in the later ones.
 """
 
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -26,6 +26,7 @@ import peft
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from train_step import Method, machine
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import reftune
@@ -84,67 +85,93 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--response", type=int, default=13)
+    parser.add_argument("--response", type=int, default=12)
     parser.add_argument("--rows", type=int, default=1, help="rows of prefill and generation")
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--layers", nargs="+", default=["mid", "all"])
     parser.add_argument("--what", nargs="+", default=["step", "prefill", "generate"])
+    parser.add_argument("--write", type=Path, help="file for the table")
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
-    pyreft = Pyreft({**vars(a), "shape": SHAPE})
+    depth = SHAPE["num_hidden_layers"]
+    every = list(range(depth))
+    setups = {
+        f"layer {depth // 2}, f2+l2": ([depth // 2], "f2+l2"),
+        "all layers, f2+l2": (every, "f2+l2"),
+        "all layers, l2": (every, "l2"),
+    }
+    pyreft = Pyreft({**{k: v for k, v in vars(a).items() if k != "write"}, "shape": SHAPE, "setups": setups})
     ids = torch.randint(5, SHAPE["vocab_size"] - 5, (a.batch, a.length), generator=torch.Generator().manual_seed(0))
     labels = ids.clone()
     labels[:, : a.length - a.response] = -100
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
     torch.manual_seed(0)
     base = LlamaForCausalLM(LlamaConfig(**SHAPE))
-    models: dict[str, Any] = {}
-    for name, config in {
-        **{f"reftune, {at}": ReftConfig(r=4, layers=at, positions="f2+l2", init_weights=False) for at in a.layers},
-        "LoRA": LoraConfig(r=8, target_modules="all-linear"),
-    }.items():
-        twin = LlamaForCausalLM(LlamaConfig(**SHAPE))
-        twin.load_state_dict(base.state_dict())
-        models[name] = get_reft_model(twin, config) if isinstance(config, ReftConfig) else get_peft_model(twin, config)
-    learned = {name: [p for p in model.parameters() if p.requires_grad] for name, model in models.items()}
-    optimisers = {name: torch.optim.AdamW(learned[name], lr=1e-4, weight_decay=0.0) for name in models}
 
-    def step(name: str) -> None:
-        models[name].train()
-        models[name](input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss.backward()
-        optimisers[name].step()
-        optimisers[name].zero_grad()
+    def twin() -> Any:
+        with torch.device("meta"):
+            model = LlamaForCausalLM(LlamaConfig(**SHAPE))
+        model.load_state_dict(base.state_dict(), assign=True)
+        model.model.rotary_emb = base.model.rotary_emb  # its buffers are not in the state dict
+        model.tie_weights()
+        return model.requires_grad_(False)
+
+    lora = get_peft_model(twin(), LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    models: dict[str, Any] = {"LoRA": lora}
+    methods: dict[str, Method] = {"LoRA": Method("LoRA", lora, None)}
+    for name, (layers, positions) in setups.items():
+
+        def reft(layers: Any = layers, positions: str = positions) -> Any:
+            config = ReftConfig(r=4, layers=layers, positions=positions, init_weights=False, task_type="CAUSAL_LM")
+            return get_reft_model(twin(), config)
+
+        models[f"reftune, {name}"] = plain = reft()
+        methods[f"reftune, {name}"] = Method(name, plain, None)
+        methods[f"reftune, {name}, Trainer, first epoch"] = Method(name, reft(), None, "keep", True)
+        methods[f"reftune, {name}, Trainer, later epochs"] = Method(name, reft(), None, "keep")
 
     rows = {"input_ids": ids[: a.rows], "attention_mask": torch.ones_like(ids[: a.rows])}
     length = {"max_new_tokens": a.new_tokens, "min_new_tokens": a.new_tokens, "do_sample": False, "pad_token_id": 0}
 
     @torch.no_grad()
     def infer(what: str, model: Any) -> None:
-        model.eval()
         model(**rows) if what == "prefill" else model.generate(**rows, **length)
 
-    print(f"SmolLM2-135M's shape, fp32, {platform.machine()}, {a.threads} thread(s), batch {a.batch} × {a.length} "
-          f"({a.response} labelled), inference with {a.rows} row(s) and {a.new_tokens} new tokens; "
-          f"{a.rounds} rounds; torch {torch.__version__}, transformers {transformers.__version__} "
-          f"(pyreft 0.1.0: 4.57.6), peft {peft.__version__}, reftune {reftune.__version__}\n")  # fmt: skip
-    print("| | method | CPU s | over LoRA | over pyreft |\n|---|---|---|---|---|")
+    lines = [
+        f"`python benchmarks/against_pyreft.py {' '.join(sys.argv[1:])}`\n",
+        f"{machine(torch.device('cpu'))}. SmolLM2-135M's shape, random weights, fp32, batch {a.batch} of {a.length} "
+        f"tokens of which {a.response} labelled; inference with {a.rows} row(s) and {a.new_tokens} new tokens; "
+        f"{a.rounds} interleaved rounds, CPU time. torch {torch.__version__}, transformers {transformers.__version__} "
+        f"(pyreft 0.1.0: 4.57.6), peft {peft.__version__}, reftune {reftune.__version__}. Ratios: medians over the "
+        "rounds (smallest and largest).\n",
+        "| | method | CPU s | over LoRA | over pyreft |",
+        "|---|---|---|---|---|",
+    ]
+    print("\n".join(lines), flush=True)
     for what in a.what:
         seconds: dict[str, list[float]] = {}
         for number in range(a.rounds + 1):
             runs: dict[str, Callable[[], float]] = {}
-            for name, model in [*models.items(), *([] if what == "step" else [("base", base)])]:
-                runs[name] = partial(cpu, partial(step, name) if what == "step" else partial(infer, what, model))
-            for at in a.layers:
-                runs[f"pyreft, {at}"] = partial(pyreft, what, at)
+            if what == "step":
+                runs |= {name: partial(cpu, partial(method.step, batch)) for name, method in methods.items()}
+            else:
+                runs |= {name: partial(cpu, partial(infer, what, m)) for name, m in {**models, "base": base}.items()}
+            for name in setups:
+                runs[f"pyreft, {name}"] = partial(pyreft, what, name)
+            for one in methods.values():
+                one.model.train(what == "step")
             for name in runs if number % 2 else reversed(runs):
                 used = runs[name]()
                 if number:
                     seconds.setdefault(name, []).append(used)
         for name in sorted(seconds):
-            peer = seconds.get(name.replace("reftune", "pyreft")) if name.startswith("reftune") else None
+            peer = seconds["pyreft" + name.removeprefix("reftune").split(", Trainer")[0]] if "reftune" in name else None
             cells = (what, name, f"{statistics.median(seconds[name]):.3f}", ratio(seconds[name], seconds["LoRA"]))
-            print("| " + " | ".join([*cells, ratio(seconds[name], peer) if peer else ""]) + " |", flush=True)
+            lines.append("| " + " | ".join([*cells, ratio(seconds[name], peer) if peer else ""]) + " |")
+            print(lines[-1], flush=True)
+    if a.write:
+        a.write.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def ratio(mine: list[float], other: list[float]) -> str:

@@ -73,8 +73,14 @@ def memory(adapters: int, positions: str, layers: str, loaded: bool) -> str:
         begin = time.perf_counter()
         model.set_adapter(f"a{number * 7 % adapters}")
         switches.append(time.perf_counter() - begin)
-    cells = (layers, positions, "loaded" if loaded else "added", adapters, f"{own / 1e6:.1f}", f"{grown / 1e6:.1f}", f"{grown / own - 1:+.1%}")
-    return "| " + " | ".join(map(str, (*cells, f"{1e3 * statistics.median(switches):.2f}"))) + " |"
+    numbers = (
+        f"{own / 1e6:.1f}",
+        f"{grown / 1e6:.1f}",
+        f"{grown / own - 1:+.1%}",
+        f"{1e3 * statistics.median(switches):.2f}",
+    )
+    cells = (layers, positions, "loaded" if loaded else "added", adapters, *numbers)
+    return "| " + " | ".join(map(str, cells)) + " |"
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
 """pyreft's own training step and generation, timed on request: a process of its own, for it needs old packages.
 
 Started by `against_pyreft.py`; reads one JSON object a line, {"what": "step" | "prefill" | "generate", "name": ...},
-and answers {"seconds": CPU seconds}. Settings are those of the driver: LoReFT r=4, a prefix and a suffix intervention a
-layer (pyreft's untied form), SmolLM2-135M's shape, fp32, random weights.
+and answers {"seconds": CPU seconds}. Settings are those of the driver: LoReFT r=4, an intervention a layer for the
+prefix (where there is one) and for the suffix (pyreft's untied form), SmolLM2-135M's shape, fp32, random weights.
 """
 
 import json
@@ -17,7 +17,7 @@ settings = json.loads(sys.argv[1])
 torch.set_num_threads(settings["threads"])
 
 
-def build(layers: list[int]) -> tuple[object, torch.optim.Optimizer]:
+def build(layers: list[int], positions: str) -> tuple[object, torch.optim.Optimizer]:
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**settings["shape"]))
     representations = [
@@ -30,7 +30,7 @@ def build(layers: list[int]) -> tuple[object, torch.optim.Optimizer]:
             ),
         }
         for layer in layers
-        for _ in range(2)
+        for _ in positions.split("+")
     ]
     reft = pyreft.get_reft_model(model, pyreft.ReftConfig(representations=representations), set_device=False)
     reft.train()
@@ -38,9 +38,8 @@ def build(layers: list[int]) -> tuple[object, torch.optim.Optimizer]:
     return reft, torch.optim.AdamW(learned, lr=1e-4, weight_decay=0.0)
 
 
-depth, prompt = settings["shape"]["num_hidden_layers"], settings["length"] - settings["response"]
-layers = {"mid": [depth // 2], "all": list(range(depth))}
-models = {name: build(layers[name]) for name in settings["layers"]}
+prompt = settings["length"] - settings["response"]
+models = {name: build(*setup) for name, setup in settings["setups"].items()}
 generator = torch.Generator().manual_seed(0)
 ids = torch.randint(
     5, settings["shape"]["vocab_size"] - 5, (settings["batch"], settings["length"]), generator=generator
@@ -50,8 +49,9 @@ labels[:, :prompt] = -100
 
 
 def places(name: str, rows: int, end: int) -> dict[str, object]:
-    pairs = [[[0, 1]] * rows, [[end - 2, end - 1]] * rows]
-    return {"sources->base": (None, pairs * len(layers[name]))}
+    layers, positions = settings["setups"][name]
+    tokens = {"f2": [0, 1], "l2": [end - 2, end - 1]}
+    return {"sources->base": (None, [[tokens[term]] * rows for term in positions.split("+")] * len(layers))}
 
 
 def step(name: str) -> None:

@@ -127,6 +127,14 @@ class Batch:
         found: Rows | None = self._found[key]
         return found
 
+    def joined(self, parts: list[Rows]) -> Tensor:
+        """The indices of several `rows` one after another; like these, found once for all layers."""
+        key = ("joined", *map(id, parts))
+        if key not in self._found:
+            self._found[key] = torch.cat([rows.index for rows in parts])
+        index: Tensor = self._found[key]
+        return index
+
     def slots(self, adapters: tuple[str, ...], positions: str, group: str, hidden: Tensor) -> Slots | None:
         """The rows of `hidden` (B, L, d) that each of the adapters edits in its own rows of a mixed batch."""
         key = (adapters, positions, group, hidden.device)

@@ -185,8 +185,9 @@ class ReftConfig(PeftConfig):
     def slim(self) -> None:
         """Keep what differs from the class's defaults, which are found there: thousands may be resident at once."""
         self.intervention_kwargs = self.intervention_kwargs or _NO_KWARGS
-        if isinstance(self.auto_mapping, dict):  # equal in all adapters of a base, but each file's reading makes its own
-            self.auto_mapping = _MAPPINGS.setdefault(tuple(sorted(self.auto_mapping.items())), self.auto_mapping)
+        mapping: dict[str, str] | None = self.__dict__.get("auto_mapping")
+        if mapping:  # equal in all adapters of a base, but each file's reading makes its own
+            self.__dict__["auto_mapping"] = _MAPPINGS.setdefault(tuple(sorted(mapping.items())), mapping)
         self.__dict__ = {
             k: v for k, v in self.__dict__.items() if not hasattr(type(self), k) or v != getattr(type(self), k)
         }

@@ -13,7 +13,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..interventions import Intervention
-from .routing import call, edit_routed, replace_rows
+from .batch import Batch
+from .mix import Mix
+from .routing import call, edit_routed, replace_rows, turns
 from .session import Session
 
 
@@ -37,10 +39,11 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self._active_adapter: str | list[str] = []
         self.merged_adapters: list[str] = []
         self.routes: Any = None  # of the last mixed batch: its adapters and their steps
+        self.turns: Any = None  # of the last batch with one set of adapters for all rows: they and their turns
 
     def update_layer(self, adapter_name: str, positions: str, interventions: dict[str, Intervention]) -> None:
         """Give the adapter one intervention for each group of terms of `positions`."""
-        self.routes = None
+        self.routes = self.turns = None
         if self not in self.session.layers:
             self.session.layers.append(self)
         for group, intervention in interventions.items():
@@ -71,20 +74,35 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             return hidden
         if batch.adapter_names is not None:
             return edit_routed(self, hidden, batch)
+        return self._edit(hidden, batch) if batch.mix is None else self._edit_mixed(hidden, batch, batch.mix)
+
+    def _edit(self, hidden: Tensor, batch: Batch) -> Tensor:
         names: Any = self.active_adapters
-        mix = batch.mix
-        source = hidden if mix is not None and mix.how == "sum" else None
-        dense = torch.compiler.is_compiling() and mix is None
-        for adapter, strength in mix.active().items() if mix else dict.fromkeys(names, 1.0).items():
-            for positions, group in self.groups.get(adapter, ()):
-                intervention: Intervention = getattr(self, f"reft_{group}")[adapter]
+        if self.turns is None or self.turns[0] != names:
+            self.turns = (list(names), turns(self, names))
+        dense = torch.compiler.is_compiling()
+        for turn in self.turns[1]:
+            parts = []
+            for adapter, positions, group, intervention in turn:
                 if dense and not (intervention.couples_positions or intervention.needs_choice):
                     hidden = batch.edit_masked(positions, group, hidden, intervention)
                     continue
                 rows = batch.rows(adapter, positions, group, hidden, intervention.couples_positions)
-                if rows is not None and mix is None:
-                    hidden = replace_rows(hidden, rows, intervention, batch)
-                elif rows is not None:
+                if rows is not None:
+                    parts.append((rows, intervention))
+                elif self.training and torch.is_grad_enabled():
+                    hidden = _keep_in_graph(hidden, intervention)
+            if parts:
+                hidden = replace_rows(hidden, parts, batch)
+        return hidden
+
+    def _edit_mixed(self, hidden: Tensor, batch: Batch, mix: Mix) -> Tensor:
+        source = hidden if mix.how == "sum" else None
+        for adapter, strength in mix.active().items():
+            for positions, group in self.groups.get(adapter, ()):
+                intervention: Intervention = getattr(self, f"reft_{group}")[adapter]
+                rows = batch.rows(adapter, positions, group, hidden, intervention.couples_positions)
+                if rows is not None:
                     flat = (hidden if source is None else source).reshape(-1, hidden.shape[-1])
                     selected = flat.index_select(0, rows.index)
                     edit = strength * call(intervention.edit, selected, rows, batch, hidden.shape[1])
@@ -109,7 +127,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self.session.enabled = enabled
 
     def delete_adapter(self, adapter_name: str) -> None:
-        self.routes = None
+        self.routes = self.turns = None
         super().delete_adapter(adapter_name)
         for attribute in self.adapter_layer_names:
             if not len(getattr(self, attribute)):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..interventions.bank import Bank, bank_key
+from ..positions.overlap import TokenSet
 
 if TYPE_CHECKING:
     from .batch import Batch, Rows, Slots
@@ -58,11 +59,31 @@ def plan(layer: "ReftLayer", adapters: Sequence[str]) -> list[Step]:
     return steps
 
 
-def replace_rows(hidden: Tensor, rows: "Rows", intervention: Any, batch: "Batch") -> Tensor:
-    """The rows of hidden (B, L, d) replaced by their edits, in a new tensor."""
-    flat = hidden.reshape(-1, hidden.shape[-1])
+def turns(layer: "ReftLayer", adapters: Sequence[str]) -> list[list[tuple[str, str, str, Any]]]:
+    """What edits a site for all rows, (adapter, positions, group, intervention) in order; those of one turn share no
+    token, so that each sees the same states as if they came one after another."""
+    found: list[list[tuple[str, str, str, Any]]] = []
+    for adapter in adapters:
+        for positions, group in layer.groups.get(adapter, ()):
+            tokens = TokenSet.of(group, positions)
+            apart = found and all(tokens.disjoint(TokenSet.of(g, p)) for _, p, g, _ in found[-1])
+            if not apart:
+                found.append([])
+            found[-1].append((adapter, positions, group, getattr(layer, f"reft_{group}")[adapter]))
+    return found
+
+
+def replace_rows(hidden: Tensor, parts: Sequence[tuple["Rows", Any]], batch: "Batch") -> Tensor:
+    """The rows of hidden (B, L, d) replaced by their edits, in a new tensor: one gathering and one copy for all."""
+    flat, columns = hidden.reshape(-1, hidden.shape[-1]), hidden.shape[1]
+    if len(parts) > 1:
+        index = batch.joined([rows for rows, _ in parts])
+        chosen = flat.index_select(0, index).split([len(rows.index) for rows, _ in parts])
+        edits = [call(one, h, rows, batch, columns) for h, (rows, one) in zip(chosen, parts, strict=True)]
+        return flat.index_copy(0, index, torch.cat(edits)).view_as(hidden)
+    rows, intervention = parts[0]
     whole = rows.index.numel() == flat.shape[0]
-    edited = call(intervention, flat if whole else flat.index_select(0, rows.index), rows, batch, hidden.shape[1])
+    edited = call(intervention, flat if whole else flat.index_select(0, rows.index), rows, batch, columns)
     return (edited if whole else flat.index_copy(0, rows.index, edited)).view_as(hidden)
 
 
@@ -84,7 +105,7 @@ def edit_routed(layer: "ReftLayer", hidden: Tensor, batch: "Batch") -> Tensor:
             for name, intervention in zip(step.adapters, step.interventions, strict=True):
                 rows = batch.rows(name, step.positions, step.group, hidden, intervention.couples_positions)
                 if rows is not None:
-                    hidden = replace_rows(hidden, rows, intervention, batch)
+                    hidden = replace_rows(hidden, [(rows, intervention)], batch)
             continue
         slots = batch.slots(step.adapters, step.positions, step.group, hidden)
         if slots is None:
