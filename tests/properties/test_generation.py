@@ -92,15 +92,16 @@ def test_right_padded_prompts(positions):
 
 
 @pytest.mark.parametrize("positions", EXPRESSIONS)
-def test_assisted_and_prompt_lookup(positions):
+@pytest.mark.parametrize("how", ["assisted", "prompt_lookup"])
+def test_drafted_tokens(positions, how):
     model = adapted(positions)
     one = torch.tensor([PROMPTS[0]])
-    expected = greedy(model, PROMPTS[0], 6)[0]
-    plain = {"input_ids": one, "attention_mask": torch.ones_like(one), "max_new_tokens": 6, "do_sample": False}
-    assistant = tiny_llama(layers=1, dtype=torch.float64)
-    assistant.generation_config.eos_token_id = None
-    assert model.generate(**plain, assistant_model=assistant)[0, 8:].tolist() == expected
-    assert model.generate(**plain, prompt_lookup_num_tokens=2)[0, 8:].tolist() == expected
+    drafts = {"prompt_lookup_num_tokens": 2}
+    if how == "assisted":
+        drafts = {"assistant_model": tiny_llama(layers=1, dtype=torch.float64)}
+        drafts["assistant_model"].generation_config.eos_token_id = None
+    out = model.generate(one, attention_mask=torch.ones_like(one), max_new_tokens=6, do_sample=False, **drafts)
+    assert out[0, 8:].tolist() == greedy(model, PROMPTS[0], 6)[0]
 
 
 def test_beams_and_sampling_follow_the_same_logits():
