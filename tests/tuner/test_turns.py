@@ -1,5 +1,7 @@
 """Interventions that share no token run in one turn, and the result is that of one after the other."""
 
+import copy
+
 import pytest
 import torch
 
@@ -52,6 +54,28 @@ def test_turns_follow_the_active_adapters() -> None:
         model.delete_adapter("other")
         assert torch.equal(model(**INPUTS).logits, one)
     assert not torch.equal(one, two)
+
+
+def test_a_replica_edits_with_its_own_interventions() -> None:
+    model = adapted("f2+l2")
+    with torch.no_grad():
+        model(**INPUTS)
+        layer = layers(model)[0]
+        layer.routes = "those of the original"
+        twin = layer._replicate_for_data_parallel()  # as DataParallel does: what is not a module is shared
+        assert twin.routes is None
+        layer.routes = None
+        for attribute in layer.adapter_layer_names:
+            copied = torch.nn.ModuleDict({"default": copy.deepcopy(getattr(layer, attribute)["default"])})
+            copied["default"].W.zero_()
+            twin._modules[attribute] = copied
+        seen = []
+        for attribute in twin.adapter_layer_names:
+            getattr(twin, attribute)["default"].register_forward_hook(lambda *_: seen.append(1))
+        hook = layers(model)[1].register_forward_pre_hook(lambda _, args: seen.append(twin(args[0]).sum()))
+        model(**INPUTS)
+        hook.remove()
+    assert seen[:2] == [1, 1]
 
 
 def test_gradients_are_those_of_one_after_the_other() -> None:

@@ -83,7 +83,8 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         dense = torch.compiler.is_compiling()
         for turn in self.turns[1]:
             parts = []
-            for adapter, positions, group, intervention in turn:
+            for adapter, positions, group in turn:
+                intervention: Intervention = getattr(self, f"reft_{group}")[adapter]
                 if dense and not (intervention.couples_positions or intervention.needs_choice):
                     hidden = batch.edit_masked(positions, group, hidden, intervention)
                     continue
@@ -133,6 +134,11 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             if not len(getattr(self, attribute)):
                 delattr(self, attribute)
         self.adapter_layer_names = tuple(a for a in self.adapter_layer_names if hasattr(self, a))
+
+    def _replicate_for_data_parallel(self) -> "ReftLayer":
+        replica: ReftLayer = super()._replicate_for_data_parallel()
+        replica.routes = None  # they hold interventions, and a replica has its own
+        return replica
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """There is no base layer: adapters are made on the device of the module they edit and stay in fp32."""

@@ -59,17 +59,17 @@ def plan(layer: "ReftLayer", adapters: Sequence[str]) -> list[Step]:
     return steps
 
 
-def turns(layer: "ReftLayer", adapters: Sequence[str]) -> list[list[tuple[str, str, str, Any]]]:
-    """What edits a site for all rows, (adapter, positions, group, intervention) in order; those of one turn share no
-    token, so that each sees the same states as if they came one after another."""
-    found: list[list[tuple[str, str, str, Any]]] = []
+def turns(layer: "ReftLayer", adapters: Sequence[str]) -> list[list[tuple[str, str, str]]]:
+    """What edits a site for all rows, (adapter, positions, group) in order; those of one turn share no token, so that
+    each sees the same states as if they came one after another. Names, not modules: a replica has its own."""
+    found: list[list[tuple[str, str, str]]] = []
     for adapter in adapters:
         for positions, group in layer.groups.get(adapter, ()):
             tokens = TokenSet.of(group, positions)
-            apart = found and all(tokens.disjoint(TokenSet.of(g, p)) for _, p, g, _ in found[-1])
+            apart = found and all(tokens.disjoint(TokenSet.of(g, p)) for _, p, g in found[-1])
             if not apart:
                 found.append([])
-            found[-1].append((adapter, positions, group, getattr(layer, f"reft_{group}")[adapter]))
+            found[-1].append((adapter, positions, group))
     return found
 
 
