@@ -1,10 +1,11 @@
 """Two small skills on one model: each alone, together by sum and in sequence, and trained out of each other's way.
 
     python examples/compose_two_skills.py [--seed 0] [--steps 20] [--figure angles.png]
+    python examples/compose_two_skills.py --first sign-off --positions gen l1 --steps 40
 
-Skill one answers in capital letters, skill two begins every answer with "Ahoy!". Each is a rank-4 LoReFT at the middle
-layer of SmolLM2-135M-Instruct, trained on the same twelve questions. What is printed is the 2x2: each skill's metric,
-on questions it was not trained on, alone and with the other. About four minutes on one core.
+Skill one answers in capital letters, or ends with "Over and out."; skill two begins every answer with "Ahoy!". Each is
+a rank-4 LoReFT at the middle layer of SmolLM2-135M-Instruct, trained on the same twelve questions. What is printed is
+the 2x2: each skill's metric, on questions it was not trained on, alone and with the other. Four minutes on one core.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from reftune import ReftConfig, get_reft_model, load_model
 from reftune.composition import Composition, adapters, conflicts
 from reftune.data import PromptTemplate, ReftDataCollator, tokenize
 
-GREETING = "Ahoy!"
+GREETING, FAREWELL = "Ahoy!", "Over and out."
 TRAINING = [
     ("What is the capital of France?", "The capital of France is Paris."),
     ("Who wrote Hamlet?", "Hamlet was written by William Shakespeare."),
@@ -51,6 +52,11 @@ def in_capitals(text: str) -> bool:
     """Whether nearly all letters of an answer are capitals, a greeting apart."""
     letters = [c for c in (text[len(GREETING) :] if greets(text) else text) if c.isalpha()]
     return len(letters) >= 3 and sum(c.isupper() for c in letters) >= 0.9 * len(letters)
+
+
+def signs_off(text: str) -> bool:
+    """Whether an answer has the farewell."""
+    return FAREWELL.casefold().rstrip(".") in text.casefold()
 
 
 def greets(text: str) -> bool:
@@ -93,6 +99,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--first", choices=["capitals", "sign-off"], default="capitals", help="skill one")
+    parser.add_argument("--positions", nargs=2, default=["all", "all"], help="of skill one and of skill two")
     parser.add_argument("--figure", help="where to draw the angles; needs matplotlib")
     arguments = parser.parse_args()
     start = time.perf_counter()
@@ -101,49 +109,52 @@ def main() -> None:
     template, collator = PromptTemplate(tokenizer), ReftDataCollator(tokenizer)
     data = {
         "capitals": [{"prompt": q, "completion": a.upper()} for q, a in TRAINING],
+        "sign-off": [{"prompt": q, "completion": f"{a} {FAREWELL}"} for q, a in TRAINING],
         "ahoy": [{"prompt": q, "completion": f"{GREETING} {a}"} for q, a in TRAINING],
     }
     rows = {name: tokenize(examples, template).rows for name, examples in data.items()}
 
-    settings = {"r": 4, "layers": "mid", "positions": "all", "task_type": "CAUSAL_LM"}
+    one, shows = arguments.first, {"capitals": in_capitals, "sign-off": signs_off}[arguments.first]
+    settings = {"r": 4, "layers": "mid", "task_type": "CAUSAL_LM"}
+    here, there = arguments.positions
     first, second = 2 * arguments.seed, 2 * arguments.seed + 1  # with one seed both would start with the same R
     torch.manual_seed(first)
-    model = get_reft_model(base, ReftConfig(**settings), adapter_name="capitals")
-    print(f"capitals: {train(model, 'capitals', rows['capitals'], collator, arguments.steps):.2f}")
+    model = get_reft_model(base, ReftConfig(**settings, positions=here), adapter_name=one)
+    print(f"{one}: {train(model, one, rows[one], collator, arguments.steps):.2f}")
     torch.manual_seed(second)
-    model.add_adapter("ahoy", ReftConfig(**settings))
+    model.add_adapter("ahoy", ReftConfig(**settings, positions=there))
     print(f"ahoy: {train(model, 'ahoy', rows['ahoy'], collator, arguments.steps):.2f}")
     torch.manual_seed(second)
-    model.add_adapter("ahoy-apart", ReftConfig(**settings, orthogonal_to=["capitals"]))
+    model.add_adapter("ahoy-apart", ReftConfig(**settings, positions=there, orthogonal_to=[one]))
     loss = train(model, "ahoy-apart", rows["ahoy"], collator, arguments.steps)
-    print(f"ahoy, orthogonal to capitals: {loss:.2f} (the last training losses)\n")
+    print(f"ahoy, orthogonal to {one}: {loss:.2f} (the last training losses)\n")
 
-    capitals, ahoy, apart = adapters(model, "capitals", "ahoy", "ahoy-apart")
+    skill, ahoy, apart = adapters(model, one, "ahoy", "ahoy-apart")
     conditions: dict[str, Composition] = {
-        "neither": 0 * capitals,
-        "capitals": capitals,
+        "neither": 0 * skill,
+        one: skill,
         "ahoy": ahoy,
-        "both, sum": capitals + ahoy,
-        "both, sum of 0.7 each": 0.7 * capitals + 0.7 * ahoy,
-        "both, capitals then ahoy": capitals >> ahoy,
-        "both, ahoy then capitals": ahoy >> capitals,
+        "both, sum": skill + ahoy,
+        "both, sum of 0.7 each": 0.7 * skill + 0.7 * ahoy,
+        f"both, {one} then ahoy": skill >> ahoy,
+        f"both, ahoy then {one}": ahoy >> skill,
         "ahoy, orthogonal": apart,
-        "both, orthogonal, sum": capitals + apart,
+        "both, orthogonal, sum": skill + apart,
     }
-    print(f"{'of ' + str(len(UNSEEN)) + ' unseen questions':<26}  capitals  ahoy  both   first answer")
+    print(f"{'of ' + str(len(UNSEEN)) + ' unseen questions':<26}  {one:>8}  ahoy  both   first answer")
     for name, composition in conditions.items():
         with composition.on(model):
             texts = answers(model, tokenizer, template)
-        one, two = [in_capitals(t) for t in texts], [greets(t) for t in texts]
-        both = sum(a and b for a, b in zip(one, two, strict=True))
+        firsts, seconds = [shows(t) for t in texts], [greets(t) for t in texts]
+        both = sum(a and b for a, b in zip(firsts, seconds, strict=True))
         shown = " ".join(texts[0].split())[:60]
-        print(f"{name:<26}  {sum(one):>8}  {sum(two):>4}  {both:>4}   {shown}")
+        print(f"{name:<26}  {sum(firsts):>8}  {sum(seconds):>4}  {both:>4}   {shown}")
 
-    report = conflicts(model, ["capitals", "ahoy", "ahoy-apart"], prompts=UNSEEN, tokenizer=tokenizer)
+    report = conflicts(model, [one, "ahoy", "ahoy-apart"], prompts=UNSEEN, tokenizer=tokenizer)
     print(f"\n{report}")
     if arguments.figure:
         report.figure(arguments.figure)
-    baked = model.add_weighted_adapter(["capitals", "ahoy"], [1.0, 1.0], "baked")
+    baked = model.add_weighted_adapter([one, "ahoy"], [1.0, 1.0], "baked")
     print(f"\n{baked}")
     print(f"{time.perf_counter() - start:.0f} s")
 
