@@ -12,6 +12,7 @@ import argparse
 import platform
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -105,6 +106,7 @@ def main() -> None:
     torch.set_num_threads(a.threads)
     models = build(a.shape, a.device)
     where = torch.cuda.get_device_name() if a.device != "cpu" else f"{platform.machine()}, {a.threads} thread(s)"
+    print(f"`python benchmarks/inference.py {' '.join(sys.argv[1:])}`\n")
     print(f"{a.shape}, {where}; torch {torch.__version__}, transformers {transformers.__version__}, "
           f"peft {peft.__version__}, reftune {reftune.__version__}; "
           f"{a.rounds} rounds, prompts of {a.prompt} tokens\n")  # fmt: skip
