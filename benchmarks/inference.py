@@ -106,10 +106,12 @@ def main() -> None:
     torch.set_num_threads(a.threads)
     models = build(a.shape, a.device)
     where = torch.cuda.get_device_name() if a.device != "cpu" else f"{platform.machine()}, {a.threads} thread(s)"
+    timed = "CPU" if a.device == "cpu" else "wall"
     print(f"`python benchmarks/inference.py {' '.join(sys.argv[1:])}`\n")
     print(f"{a.shape}, {where}; torch {torch.__version__}, transformers {transformers.__version__}, "
           f"peft {peft.__version__}, reftune {reftune.__version__}; "
-          f"{a.rounds} rounds, prompts of {a.prompt} tokens\n")  # fmt: skip
+          f"{a.rounds} rounds (five times as many for the prefill of one row), {timed} time, "
+          f"prompts of {a.prompt} tokens\n")  # fmt: skip
     print("| | | ms | over the base |\n|---|---|---|---|")
     for batch, new in zip(a.batches, a.new_tokens, strict=True):
         ids = torch.randint(5, SHAPES[a.shape].vocab_size - 5, (batch, a.prompt), device=a.device)

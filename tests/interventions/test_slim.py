@@ -2,7 +2,9 @@
 
 import copy
 import pickle
+from collections import OrderedDict
 
+import pytest
 import torch
 
 from reftune import LoreftIntervention
@@ -50,6 +52,17 @@ def test_reading_and_loading_make_no_tables() -> None:
     handles[0].remove()
     module(H)
     assert len(seen) == 1
+
+
+def test_clearing_hooks_that_are_not_there_is_allowed_and_writing_past_register_is_refused() -> None:
+    module = LoreftIntervention(16, 2)
+    module.slim()
+    module._forward_hooks.clear()
+    assert module._forward_hooks.pop(3, None) is None
+    with pytest.raises(TypeError, match="register_forward_hook"):
+        module._forward_hooks[3] = print  # would be lost, or be every slim module's
+    assert isinstance(module._forward_pre_hooks, OrderedDict)
+    assert size(module) == 0
 
 
 def test_packing_keeps_the_numbers_in_one_block_and_can_be_trained_on() -> None:

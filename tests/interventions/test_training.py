@@ -188,3 +188,13 @@ def test_with_bf16_parameters_what_is_orthogonal_to_r_is_untouched(kind: str) ->
         rows = module.rows()
         away = torch.eye(24) - rows.T @ rows
         torch.testing.assert_close((module(h) - h) @ away, torch.zeros(6, 24), atol=1e-5, rtol=0)
+
+
+def test_an_r_that_becomes_an_inference_tensor_after_it_was_used() -> None:
+    module = build("loreft").eval()
+    h = torch.randn(3, 24)
+    with torch.no_grad():
+        expected = module(h)
+    with torch.inference_mode():
+        module._parameters["R"] = torch.nn.Parameter(module.R.clone(), requires_grad=False)
+        torch.testing.assert_close(module(h), expected)

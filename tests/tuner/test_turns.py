@@ -56,6 +56,14 @@ def test_turns_follow_the_active_adapters() -> None:
     assert not torch.equal(one, two)
 
 
+def test_an_adapter_named_twice_edits_once() -> None:
+    model = adapted("l1")
+    with torch.no_grad():
+        once = model(**INPUTS).logits
+        model.base_model.set_adapter(["default", "default"])
+        assert torch.equal(model(**INPUTS).logits, once)
+
+
 def test_a_replica_edits_with_its_own_interventions() -> None:
     model = adapted("f2+l2")
     with torch.no_grad():

@@ -74,7 +74,7 @@ class LowRankIntervention(Intervention):
         if self.given is not None:
             return self.given
         settled = self._settled  # the usual case at inference, where every small thing counts, comes first
-        if settled is not None and settled.plain and not self._learns() and settled.holds_plainly(self):
+        if settled is not None and not self._learns() and settled.holds_plainly(self):
             return settled.rows
         beside = self.beside()
         if not self.orthonormal and beside is None:
@@ -244,20 +244,16 @@ class _Settled:
         rows = self.source[0]
         self.rows = rows if can_retract(module.R) else module._found(rows, module.beside())
         self.versions = None if module.R.is_inference() else [p._version for p in self._watched(module)]
-        alone = self.versions is not None and len(self.source) == 1 and self.rows is rows
-        self.plain = alone and not rows.is_inference() and not module.sharded and module.beside() is None
+        plain = self.versions and len(self.source) == 1 and self.rows is rows and module.beside() is None
+        self.version: int | None = self.versions[0] if plain and self.versions else None
 
     def holds_plainly(self, module: LowRankIntervention) -> bool:
-        """`holds` where R alone is watched and is itself what it computes with."""
-        if torch.compiler.is_compiling():
+        """A quick `holds` for R beside nothing that is itself what it computes with; False says nothing."""
+        if self.version is None or module.sharded or module.others_write is not None or torch.compiler.is_compiling():
             return False
         now = module.R
-        return (
-            now._version == self.versions[0]  # type: ignore[index]
-            and now.data_ptr() == self.rows.data_ptr()
-            and now.dtype == self.rows.dtype
-            and module.others_write is None
-        )
+        same = not now.is_inference() and now._version == self.version and now.dtype == self.rows.dtype
+        return same and now.data_ptr() == self.rows.data_ptr()
 
     @staticmethod
     def _watched(module: LowRankIntervention) -> list[Tensor]:

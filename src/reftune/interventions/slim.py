@@ -7,7 +7,6 @@ model, of which a server holds thousands.
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,7 +15,16 @@ from torch import Tensor, nn
 _TABLES = {
     name: type(value) for name, value in nn.Module().__dict__.items() if isinstance(value, (OrderedDict, set))
 }  # of hooks, and the names of buffers that are not saved
-_EMPTY: MappingProxyType[Any, Any] = MappingProxyType(OrderedDict())  # what a reader of a table that is not there sees
+
+
+class _Empty(OrderedDict[Any, Any]):
+    """What a reader of a table that is not there sees, one for all: it may be cleared, not written to."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        raise TypeError("This module has no table of hooks yet. Add hooks by register_forward_hook and its like.")
+
+
+_EMPTY = _Empty()
 
 
 class SlimModule(nn.Module):

@@ -4,6 +4,8 @@
 
 Adapters that edit the same positions with interventions of one form share a bank, whatever their ranks. Others, and an
 adapter's second intervention at a site, take a further step. The result equals that of each row alone.
+
+Where all rows have the same adapters, their interventions come in `turns`: those that share no token, together.
 """
 
 from collections.abc import Sequence
@@ -63,7 +65,7 @@ def turns(layer: "ReftLayer", adapters: Sequence[str]) -> list[list[tuple[str, s
     """What edits a site for all rows, (adapter, positions, group) in order; those of one turn share no token, so that
     each sees the same states as if they came one after another. Names, not modules: a replica has its own."""
     found: list[list[tuple[str, str, str]]] = []
-    for adapter in adapters:
+    for adapter in dict.fromkeys(adapters):
         for positions, group in layer.groups.get(adapter, ()):
             tokens = TokenSet.of(group, positions)
             apart = found and all(tokens.disjoint(TokenSet.of(g, p)) for _, p, g in found[-1])
