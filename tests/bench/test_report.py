@@ -55,6 +55,13 @@ def test_the_table_has_means_spreads_parameters_and_averages() -> None:
     assert "0.001†" in text
 
 
+def test_on_a_cpu_the_time_to_train_is_cpu_time() -> None:
+    seconds = {"train": 99.0, "train_cpu": 7.0, "step": 0.5, "all": 12.0}
+    for device, expected in (("cpu", 7.0), ("cuda", 99.0)):
+        made = row("loreft", "rte", 0, {"rte": {"accuracy": 0.6}}, machine={"device": device}, seconds=seconds)
+        assert summarise([made])[0].seconds == [expected]
+
+
 def test_cells() -> None:
     assert cell([0.5]) == "50.0"
     assert cell([]) == "–"

@@ -5,7 +5,7 @@ print(report(read_rows("runs/glue")))
 
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,7 +39,7 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[Summary]:
             continue
         one = found.setdefault(row["method"], Summary(row["method"]))
         one.trainable, one.head = max(one.trainable, row["trainable"]), max(one.head, row["head"])
-        one.seconds.append(row["seconds"]["train"])
+        one.seconds.append(_training_time(row))
         one.step.append(row["seconds"]["step"])
         one.rates[row["task"]] = row["lr"]
         if row.get("lr_at_end"):
@@ -144,12 +144,22 @@ def _about(rows: Sequence[dict[str, Any]]) -> str:
     )
 
 
+def _training_time(row: Mapping[str, Any]) -> float:
+    """Seconds: CPU time on a CPU, which a busy or suspended machine does not lengthen, else wall time."""
+    spent = row["seconds"]
+    on_cpu = row.get("machine", {}).get("device") == "cpu"
+    return float(spent["train_cpu"] if on_cpu and "train_cpu" in spent else spent["train"])
+
+
 def _notes(summaries: Sequence[Summary]) -> str:
     heads = sorted({one.head for one in summaries if one.head})
     head = (
         f" All methods train the head too ({', '.join(f'{h:,}' for h in heads)} numbers), not counted." if heads else ""
     )
-    return f"Mean ± sample standard deviation over seeds; shares, accuracies and correlations in percent.{head}"
+    return (
+        f"Mean ± sample standard deviation over seeds; shares, accuracies and correlations in percent.{head} "
+        "A step: the median, wall time; to train: CPU time on a CPU, else wall time."
+    )
 
 
 def _table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
