@@ -32,12 +32,28 @@ def base() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def resident() -> int:
-    """Bytes of this process in memory (Linux), without what the C library keeps for later."""
+class _Heap(ctypes.Structure):
+    """glibc's `struct mallinfo2`."""
+
+    _fields_ = [
+        *((name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks")),
+        *((name, ctypes.c_size_t) for name in ("uordblks", "fordblks", "keepcost")),
+    ]
+
+
+def resident() -> tuple[int, int]:
+    """Bytes of this process in use, and resident (Linux).
+
+    In use is what glibc has handed out; with PYTHONMALLOC=malloc that is Python's objects too. Resident is that and the
+    holes between, once what lies free at the end has gone back.
+    """
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    library = ctypes.CDLL(None)
+    library.malloc_trim(0)
+    library.mallinfo2.restype = _Heap
+    heap = library.mallinfo2()
     with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return heap.uordblks + heap.hblkhd, int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def medians(rounds: int, settings: dict[str, Callable[[], object]]) -> dict[str, tuple[float, float, float]]:
@@ -50,7 +66,8 @@ def medians(rounds: int, settings: dict[str, Callable[[], object]]) -> dict[str,
     return {name: (statistics.median(t[1:]), min(t[1:]), max(t[1:])) for name, t in times.items()}
 
 
-def memory(adapters: int, positions: str, layers: str, loaded: bool) -> str:
+def memory(adapters: int, positions: str, layers: str, loaded: bool) -> tuple[int, int, int, float]:
+    """Bytes of the adapters' numbers, by how much more is in use and resident, and seconds of a switch."""
     model = reftune.get_reft_model(base(), reftune.ReftConfig(positions=positions, layers=layers)).eval()
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
@@ -66,21 +83,14 @@ def memory(adapters: int, positions: str, layers: str, loaded: bool) -> str:
         before = resident()
         for number in range(adapters):
             more(f"a{number}")
-        grown = resident() - before
+        used, grown = (now - then for now, then in zip(resident(), before, strict=True))
     own = adapters * 4 * sum(p.numel() for name, p in model.named_parameters() if ".w1." in name)
     switches = []
     for number in range(200):
         begin = time.perf_counter()
         model.set_adapter(f"a{number * 7 % adapters}")
         switches.append(time.perf_counter() - begin)
-    numbers = (
-        f"{own / 1e6:.1f}",
-        f"{grown / 1e6:.1f}",
-        f"{grown / own - 1:+.1%}",
-        f"{1e3 * statistics.median(switches):.2f}",
-    )
-    cells = (layers, positions, "loaded" if loaded else "added", adapters, *numbers)
-    return "| " + " | ".join(map(str, cells)) + " |"
+    return own, used, grown, statistics.median(switches)
 
 
 @torch.no_grad()
@@ -126,13 +136,25 @@ def main() -> None:
         f"{platform.machine()}, {a.threads} thread(s)\n"
     )
     if "memory" in a.what:
-        print("| layers | positions | | adapters | their bytes, MB | memory grew, MB | over | one switch, ms |")
+        print(
+            "| layers | positions | | adapters | their bytes, MB | in use over it | resident over it | one switch, ms |"
+        )
         print("|---|---|---|---|---|---|---|---|")
         for layers, positions in (("mid", "f2+l2"), ("mid", "l1"), ("all", "l1")):
             count = a.adapters if layers == "mid" else a.adapters // 10
             for loaded in (False, True):
-                with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:  # a fresh heap for each
-                    print(process.submit(memory, count, positions, layers, loaded).result(), flush=True)
+                found = []
+                for allocator in (
+                    "malloc",
+                    "default",
+                ):  # the first to count what is in use, the second as people run it
+                    os.environ["PYTHONMALLOC"] = allocator
+                    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:  # a fresh heap for each
+                        found.append(process.submit(memory, count, positions, layers, loaded).result())
+                (own, used, _, _), (_, _, grown, switch) = found
+                shares = f"{used / own - 1:+.1%} | {grown / own - 1:+.1%} | {1e3 * switch:.2f}"
+                how = "loaded" if loaded else "added"
+                print(f"| {layers} | {positions} | {how} | {count} | {own / 1e6:.1f} | {shares} |", flush=True)
     if "routing" in a.what:
         print(f"\n{a.rows} rows of {a.length} tokens, ms: the base, all rows with one adapter, each row with its own\n")
         print("| | layers | positions | base | one | own | own / one | own / base |")

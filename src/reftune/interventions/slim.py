@@ -59,6 +59,7 @@ for _name in dir(nn.Module):
         setattr(SlimModule, _name, _with_tables(getattr(nn.Module, _name)))
 
 
+@torch.no_grad()
 def pack(modules: Sequence[nn.Module]) -> None:
     """Put the frozen weights of an adapter into one block of memory, and its modules into their slim form.
 
