@@ -33,7 +33,7 @@ def attach(base: Any, component: str) -> PeftModel:
 def test_edits_are_made_whichever_comes_first(component: str, first: str) -> None:
     expected = attach(tiny_llama(layers=2), component)(IDS).logits
     base = tiny_llama(layers=2)
-    assert not torch.equal(expected, base(IDS).logits)
+    assert not torch.allclose(expected, base(IDS).logits, atol=1e-4)
     if first == "offload":
         offload(base)
         model = attach(base, component)
@@ -41,6 +41,7 @@ def test_edits_are_made_whichever_comes_first(component: str, first: str) -> Non
         model = attach(base, component)
         offload(base)
     assert "forward" in base.model.layers[0].__dict__
-    assert torch.equal(model(IDS).logits, expected)
+    # to rounding: what must be called to have its weights is called alone, otherwise terms are computed together
+    torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-5, atol=1e-6)
     remove_hook_from_submodules(base)
-    assert torch.equal(model(IDS).logits, expected)
+    torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-5, atol=1e-6)

@@ -1,11 +1,11 @@
-"""Several interventions as one batched computation, for a batch whose rows have adapters of their own.
+"""Several interventions as one batched computation: of one adapter at a site, or of the adapters of a batch's rows.
 
-With up, down (A, r, d), offset (A, 1, r) and h (A, n, d), A the adapters and n the tokens that each of them edits:
+With up, down (A, r, d), offset (A, 1, r) and h (A, n, d), A the interventions and n the tokens that each of them edits:
 
     Δ(h) = D⊙h + f(h downᵀ + offset) up          two batched matrix products, whatever A is
 
     bank = Bank.of([first, second])      # None where the kind has no such form: then edit one by one
-    bank(h)                              # Δ, (A, n, d)
+    bank(h)                              # h + Δ(h), (A, n, d)
 
 Smaller ranks are filled up with rows of zeros, which add exactly nothing.
 """
@@ -32,6 +32,9 @@ _ADD = (DireftIntervention, NodireftIntervention)
 _KINDS = (*_REPLACE, *_ADD, ConsreftIntervention, LobireftIntervention, PostBlockIntervention, RedIntervention)
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_state_dict_pre_hooks")
+
+
 def bank_key(intervention: Intervention) -> Any:
     """What interventions must share to be in one bank; None for one that fits in none.
 
@@ -41,29 +44,55 @@ def bank_key(intervention: Intervention) -> Any:
     if cls not in _KINDS or (cls in _REPLACE and intervention.act_fn is not None):
         return None
     function = "silu" if cls is PostBlockIntervention else intervention.act_fn
-    device = next(iter(intervention.state_dict().values())).device
+    device = next(intervention.parameters()).device  # not state_dict(): FSDP2 takes its weights away when asked for it
     return cls is RedIntervention, function, intervention.embed_dim, device
 
 
+def only_weights(intervention: Intervention) -> bool:
+    """Whether calling it at inference does nothing that its weights do not say: no hook, no forward put before its own,
+    no dropout, no weights that are gathered for the call (FSDP2 hooks into the state dict of what it gathers)."""
+    state = intervention.__dict__
+    if state["training"] or state.get("sharded") or "forward" in state:
+        return False
+    return not any(state.get(table) for table in _HOOKS)
+
+
+def plain_weights(intervention: Intervention) -> bool:
+    """Whether its weights are its own parameters, whole: not pieces, nor tensors given in their place for a call."""
+    weights = [p for p in intervention._parameters.values() if p is not None]
+    return bool(weights) and all(type(p) is torch.nn.Parameter and type(p.data) is Tensor for p in weights)
+
+
 class Bank:
-    """The edits of A interventions with equal `bank_key`, computed together; their weights are copied once."""
+    """The edits of A interventions with equal `bank_key`, computed together; their weights are copied once.
+
+    What is written to a weight through `.data` leaves no trace: call `model.eval()` after it, which drops the copies.
+    """
 
     @torch.no_grad()
     def __init__(self, interventions: Sequence[Intervention]) -> None:
-        self._source = [p for module in interventions for p in (*module.parameters(), *module.buffers())]
         first = interventions[0]
         self._function: Callable[[Tensor], Tensor] | None = first._activation
-        self._diagonal: Tensor | None = None
-        if isinstance(first, RedIntervention):
-            self._diagonal = torch.stack([module.s - 1 for module in interventions]).unsqueeze(1)  # type: ignore[misc,operator]
-            self._constant = _stack([_bias(module, module.embed_dim) for module in interventions]).unsqueeze(1)
+        self._diagonal = isinstance(first, RedIntervention)
+        if self._diagonal:
+            scale = torch.stack([module.s - 1 for module in interventions]).unsqueeze(1)  # type: ignore[misc,operator]
+            constant = _stack([_bias(module, module.embed_dim) for module in interventions]).unsqueeze(1)
+            self._stacked = (constant, scale, scale)
         else:
             if isinstance(first, PostBlockIntervention):
                 self._function = torch.nn.functional.silu
             parts = [_parts(module) for module in interventions]
-            self._up, self._down = _stack([up for up, _, _ in parts]), _stack([down for _, down, _ in parts])
-            self._offset = _stack([offset for _, _, offset in parts]).unsqueeze(1)
-        self._versions = self._now()  # last: reading the rows may have put them right
+            up, down, offset = (_stack([part[i] for part in parts]) for i in range(3))
+            self._stacked = (offset.unsqueeze(1), down.mT, up)
+        self._weights: dict[torch.dtype, list[Tensor]] = {}  # the same, for an h of this dtype
+        # Last, for reading the rows may have put them right. The memory is kept, so that it cannot become another's.
+        self._source = [
+            (table, name, value, value.data_ptr(), value.detach(), None if value.is_inference() else value._version)
+            for module in interventions
+            for table in (module._parameters, module._buffers)
+            for name, value in table.items()
+            if value is not None
+        ]
 
     @classmethod
     def of(cls, interventions: Sequence[Intervention]) -> "Bank | None":
@@ -72,24 +101,33 @@ class Bank:
         return None if len(keys) != 1 or None in keys else cls(interventions)
 
     def is_current(self) -> bool:
-        """Whether no weight has been written to since."""
-        return self._versions is not None and self._versions == self._now()
-
-    def _now(self) -> list[tuple[int, int]] | None:
-        if any(p.is_inference() for p in self._source):
-            return None
-        return [(p.data_ptr(), p._version) for p in self._source]
+        """Whether the interventions still have these weights, and nothing has been written to them since."""
+        try:
+            for table, name, value, address, _, version in self._source:
+                if table.get(name) is not value or value._version != version or value.data_ptr() != address:
+                    return False
+        except RuntimeError:  # an inference tensor counts no versions
+            return False
+        return True
 
     def __call__(self, h: Tensor) -> Tensor:
-        """Δ(h), (A, n, d) → (A, n, d), in fp32 or wider."""
-        h = h.to(torch.promote_types(h.dtype, torch.float32))
-        with torch.autocast(device_type=h.device.type, enabled=False):
-            if self._diagonal is not None:
-                return torch.addcmul(self._constant.to(h.dtype), self._diagonal.to(h.dtype), h)
-            source = torch.baddbmm(self._offset.to(h.dtype), h, self._down.to(h.dtype).mT)
-            if self._function is not None:
-                source = self._function(source)
-            return torch.bmm(source, self._up.to(h.dtype))
+        """h + Δ(h), (A, n, d) → (A, n, d), computed in fp32 or wider and returned in the dtype of h."""
+        if torch.is_autocast_enabled(h.device.type):
+            with torch.autocast(device_type=h.device.type, enabled=False):
+                return self(h)
+        weights = self._weights.get(h.dtype)
+        if weights is None:
+            wide = torch.promote_types(h.dtype, torch.float32)
+            weights = self._weights[h.dtype] = [weight.to(wide) for weight in self._stacked]
+        if weights[0].dtype is h.dtype:
+            return self._edited(h, *weights)
+        return self._edited(h.to(weights[0].dtype), *weights).to(h.dtype)
+
+    def _edited(self, h: Tensor, offset: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        if self._diagonal:
+            return h + torch.addcmul(offset, down, h)
+        source = torch.baddbmm(offset, h, down)
+        return torch.baddbmm(h, source if self._function is None else self._function(source), up)
 
 
 def _parts(module: Any) -> tuple[Tensor, Tensor, Tensor]:

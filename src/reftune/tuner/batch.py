@@ -78,6 +78,9 @@ def _widen(mask: Tensor | None, rows: int, total: int, device: torch.device | No
     return real
 
 
+_UNKNOWN: Any = object()
+
+
 @dataclass
 class Rows:
     """Tokens to edit: `index` (N,) into the flattened (B·L, d) hidden states, `segments` (N,) their prompts."""
@@ -122,18 +125,19 @@ class Batch:
         if self.nothing:
             return None
         key = (adapter if self.adapter_names else None, positions, group, hidden.device)
-        if key not in self._found:
-            self._found[key] = self._rows(adapter, positions, group, hidden, couples)
-        found: Rows | None = self._found[key]
+        found: Rows | None = self._found.get(key, _UNKNOWN)
+        if found is _UNKNOWN:
+            found = self._found[key] = self._rows(adapter, positions, group, hidden, couples)
         return found
 
-    def joined(self, parts: list[Rows]) -> Tensor:
-        """The indices of several `rows` one after another; like these, found once for all layers."""
-        key = ("joined", *map(id, parts))
-        if key not in self._found:
-            self._found[key] = torch.cat([rows.index for rows in parts])
-        index: Tensor = self._found[key]
-        return index
+    def joined(self, parts: list[Rows]) -> tuple[Tensor, list[int]]:
+        """The indices of several `rows` one after another, and how many of each; found once for all layers."""
+        key = tuple(map(id, parts))
+        joined: tuple[Tensor, list[int]] | None = self._found.get(key)
+        if joined is None:
+            joined = torch.cat([rows.index for rows in parts]), [len(rows.index) for rows in parts]
+            self._found[key] = joined
+        return joined
 
     def slots(self, adapters: tuple[str, ...], positions: str, group: str, hidden: Tensor) -> Slots | None:
         """The rows of `hidden` (B, L, d) that each of the adapters edits in its own rows of a mixed batch."""

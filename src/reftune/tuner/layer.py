@@ -39,7 +39,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self._active_adapter: str | list[str] = []
         self.merged_adapters: list[str] = []
         self.routes: Any = None  # of the last mixed batch: its adapters and their steps
-        self.turns: Any = None  # of the last batch with one set of adapters for all rows: they and their turns
+        self.turns: Any = None  # of the last batch with one set of adapters for all rows: they, their turns and banks
 
     def update_layer(self, adapter_name: str, positions: str, interventions: dict[str, Intervention]) -> None:
         """Give the adapter one intervention for each group of terms of `positions`."""
@@ -79,12 +79,14 @@ class ReftLayer(nn.Module, BaseTunerLayer):
     def _edit(self, hidden: Tensor, batch: Batch) -> Tensor:
         names: Any = self.active_adapters
         if self.turns is None or self.turns[0] != names:
-            self.turns = (list(names), turns(self, names))
+            self.turns = (list(names), turns(self, names), {})
         dense = torch.compiler.is_compiling()
+        banks = None if dense or torch.is_grad_enabled() else self.turns[2]
+        groups: Any = self._modules
         for turn in self.turns[1]:
             parts = []
             for adapter, positions, group in turn:
-                intervention: Intervention = getattr(self, f"reft_{group}")[adapter]
+                intervention: Intervention = groups[f"reft_{group}"]._modules[adapter]
                 if dense and not (intervention.couples_positions or intervention.needs_choice):
                     hidden = batch.edit_masked(positions, group, hidden, intervention)
                     continue
@@ -94,7 +96,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
                 elif self.training and torch.is_grad_enabled():
                     hidden = _keep_in_graph(hidden, intervention)
             if parts:
-                hidden = replace_rows(hidden, parts, batch)
+                hidden = replace_rows(hidden, parts, batch, banks)
         return hidden
 
     def _edit_mixed(self, hidden: Tensor, batch: Batch, mix: Mix) -> Tensor:
@@ -127,6 +129,11 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         super().enable_adapters(enabled)
         self.session.enabled = enabled
 
+    def train(self, mode: bool = True) -> "ReftLayer":
+        self.routes = self.turns = None  # the copies of weights that they hold may be old, see `Bank`
+        super().train(mode)
+        return self
+
     def delete_adapter(self, adapter_name: str) -> None:
         self.routes = self.turns = None
         super().delete_adapter(adapter_name)
@@ -135,9 +142,12 @@ class ReftLayer(nn.Module, BaseTunerLayer):
                 delattr(self, attribute)
         self.adapter_layer_names = tuple(a for a in self.adapter_layer_names if hasattr(self, a))
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "routes": None, "turns": None}  # copies of weights are not copied with the model
+
     def _replicate_for_data_parallel(self) -> "ReftLayer":
         replica: ReftLayer = super()._replicate_for_data_parallel()
-        replica.routes = None  # they hold interventions, and a replica has its own
+        replica.routes = replica.turns = None  # they hold interventions, and a replica has its own
         return replica
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..interventions.bank import Bank, bank_key
+from ..interventions.bank import Bank, bank_key, only_weights, plain_weights
 from ..positions.overlap import TokenSet
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Step:
     bank: Bank | None = None
 
     def edit(self, rows: Tensor, slots: "Slots") -> Tensor:
-        """Δ of the sorted rows (N, d)."""
+        """The sorted rows (N, d), edited."""
         if self.bank is None or not self.bank.is_current():
             self.bank = Bank.of(self.interventions)
         assert self.bank is not None
@@ -75,18 +75,41 @@ def turns(layer: "ReftLayer", adapters: Sequence[str]) -> list[list[tuple[str, s
     return found
 
 
-def replace_rows(hidden: Tensor, parts: Sequence[tuple["Rows", Any]], batch: "Batch") -> Tensor:
-    """The rows of hidden (B, L, d) replaced by their edits, in a new tensor: one gathering and one copy for all."""
+def replace_rows(
+    hidden: Tensor, parts: Sequence[tuple["Rows", Any]], batch: "Batch", banks: dict[Any, Any] | None = None
+) -> Tensor:
+    """The rows of hidden (B, L, d) replaced by their edits, in a new tensor: one gathering and one copy for all.
+
+    With `banks`, which keeps them from call to call, also one computation where the interventions have one form.
+    """
     flat, columns = hidden.reshape(-1, hidden.shape[-1]), hidden.shape[1]
     if len(parts) > 1:
-        index = batch.joined([rows for rows, _ in parts])
-        chosen = flat.index_select(0, index).split([len(rows.index) for rows, _ in parts])
+        index, counts = batch.joined([rows for rows, _ in parts])
+        selected = flat.index_select(0, index)
+        bank = None if banks is None or min(counts) < max(counts) else _bank(banks, [one for _, one in parts])
+        if bank is not None:
+            edited = bank(selected.view(len(parts), -1, flat.shape[1])).view_as(selected)
+            return flat.index_copy(0, index, edited).view_as(hidden)
+        chosen = selected.split(counts)
         edits = [call(one, h, rows, batch, columns) for h, (rows, one) in zip(chosen, parts, strict=True)]
         return flat.index_copy(0, index, torch.cat(edits)).view_as(hidden)
     rows, intervention = parts[0]
     whole = rows.index.numel() == flat.shape[0]
     edited = call(intervention, flat if whole else flat.index_select(0, rows.index), rows, batch, columns)
     return (edited if whole else flat.index_copy(0, rows.index, edited)).view_as(hidden)
+
+
+def _bank(banks: dict[Any, Any], interventions: list[Any]) -> Bank | None:
+    """The bank of these interventions, if they fit in one and need not be called one by one."""
+    if not all(map(only_weights, interventions)):
+        return None
+    key = tuple(map(id, interventions))
+    _, bank = banks.get(key, (None, None))
+    if bank is None or (isinstance(bank, Bank) and not bank.is_current()):
+        plain = all(map(plain_weights, interventions))
+        bank = (Bank.of(interventions) if plain else None) or "none fits"
+        banks[key] = (interventions, bank)  # they are kept, so that their ids stay theirs
+    return bank if isinstance(bank, Bank) else None
 
 
 def call(method: Any, h: Tensor, rows: "Rows", batch: "Batch", columns: int) -> Tensor:
@@ -114,6 +137,5 @@ def edit_routed(layer: "ReftLayer", hidden: Tensor, batch: "Batch") -> Tensor:
             continue
         flat = hidden.reshape(-1, hidden.shape[-1])
         selected = flat.index_select(0, slots.index)
-        edited = (selected + step.edit(selected, slots)).to(hidden.dtype)
-        hidden = flat.index_copy(0, slots.index, edited).view_as(hidden)
+        hidden = flat.index_copy(0, slots.index, step.edit(selected, slots)).view_as(hidden)
     return hidden
