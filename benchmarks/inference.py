@@ -45,14 +45,16 @@ ADAPTERS = {
 }
 
 
-def build(shape: str, device: str) -> dict[str, torch.nn.Module]:
-    """The base, and one model for each adapter around the same weights."""
+def build(shape: str, device: str, only: list[str]) -> dict[str, torch.nn.Module]:
+    """The base, and one model around the same weights for each adapter that one of `only` is part of the name of."""
     torch.manual_seed(0)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     with torch.device(device):
         base = LlamaForCausalLM(SHAPES[shape]).to(dtype).eval()
     models: dict[str, torch.nn.Module] = {"base": base}
     for name, config in ADAPTERS.items():
+        if not any(part in name for part in only):
+            continue
         with torch.device("meta"):
             copy = LlamaForCausalLM(SHAPES[shape])
         copy.load_state_dict(base.state_dict(), assign=True)
@@ -102,9 +104,10 @@ def main() -> None:
     )
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", nargs="+", default=[""], help="parts of the names of the adapters to run")
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
-    models = build(a.shape, a.device)
+    models = build(a.shape, a.device, a.only)
     where = torch.cuda.get_device_name() if a.device != "cpu" else f"{platform.machine()}, {a.threads} thread(s)"
     timed = "CPU" if a.device == "cpu" else "wall"
     print(f"`python benchmarks/inference.py {' '.join(sys.argv[1:])}`\n")
