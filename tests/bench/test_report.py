@@ -55,6 +55,13 @@ def test_the_table_has_means_spreads_parameters_and_averages() -> None:
     assert "0.001†" in text
 
 
+def test_the_methods_that_reused_the_frozen_base_are_named() -> None:
+    assert "computed once" not in report(rows())
+    assert "in all runs was computed once for loreft." in report(
+        [*rows(), rows()[0] | {"seed": 2, "reuse": "Reuse: x"}]
+    )
+
+
 def test_on_a_cpu_the_time_to_train_is_cpu_time() -> None:
     seconds = {"train": 99.0, "train_cpu": 7.0, "step": 0.5, "all": 12.0}
     for device, expected in (("cpu", 7.0), ("cuda", 99.0)):

@@ -21,6 +21,7 @@ from reftune.bench.runner import best_lr
 from reftune.bench.store import Store, read_rows
 from reftune.bench.training import fit
 from reftune.data import ReftDataCollator
+from reftune.train.reuse import MemoryStore
 
 TRAIN = {"steps": 3, "batch_size": 4}
 
@@ -244,6 +245,42 @@ def test_a_cut_off_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     assert train(resumed, ReftDataCollator(tiny_tokenizer()), "cut").resumed
     for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_what_the_frozen_base_makes_the_same_is_computed_once(places: dict[str, str], tmp_path: Path) -> None:
+    methods = [{"method": "loreft", "positions": "l2", "lrs": [1e-2, 3e-2]}, {"method": "red", "lrs": [1e-2]}]
+    content = {"suite": "arithmetic", "tasks": ["addsub"], "model": places["causal"], "methods": methods, "seeds": [0]}
+    sizes = {"train": {"steps": 8, "batch_size": 4}, "sweep": {"steps": 4}, "scoring": {"max_new_tokens": 2}}
+    grid = load_grid(content | sizes | {"rows": {"train": 16, "select": 4, "test": 4}})
+    for how in ("auto", "off"):
+        run_grid(grid, tmp_path / how, data=places["data"], say=silent, reuse=how)
+    reused, plain = ({row["id"]: row for row in read_rows(tmp_path / how)} for how in ("auto", "off"))
+    for job in jobs(grid):
+        a, b = reused[job.id], plain[job.id]
+        assert bool(a["reuse"]) == (job.method.name == "loreft")  # RED edits within the first block
+        assert b["reuse"] is None
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-6)
+        assert a["selection"]["loss"] == pytest.approx(b["selection"]["loss"], rel=1e-6)
+
+
+def test_runs_share_what_is_kept(tmp_path: Path) -> None:
+    rows = [{"input_ids": [i, 3, 4, 60, 61], "labels": [-100] * 3 + [60, 61]} for i in range(2, 10)]
+    kept = MemoryStore(10**8)
+    for seed, epochs, computed in ((0, 1.0, 8), (1, 2.0, 8)):
+        torch.manual_seed(0)
+        model, _ = attach(tiny_llama(), resolve("loreft", "commonsense", {"positions": "l1"}), head=[], steps=2)
+        budget = BudgetSection(epochs=epochs, batch_size=4)
+        collator = ReftDataCollator(tiny_tokenizer())
+        made = fit(model, rows, collator, budget, lr=1e-2, seed=seed, causal=True, work=tmp_path, kept=kept)
+        assert made.reuse is not None
+        assert "keys and values before the first edited token are computed once" in made.reuse
+        assert kept.computed == computed
+    assert kept.found >= 16
+
+
+def test_reuse_is_auto_or_off(places: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r'"auto" or "off", but is \'disk\''):
+        run_grid(glue(places), tmp_path, data=places["data"], reuse="disk")  # type: ignore[arg-type]
 
 
 def test_a_row_is_written_once(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def labelled_logits(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tenso
     if not takes_prompt_mask(model):
         inputs.pop("prompt_mask", None)
     with output_layer(model, predicts):
-        logits = model(**inputs, use_cache=False).logits
+        logits = model(**inputs | {"use_cache": False}).logits
     rows = predicts.nonzero()[:, 0]
     return logits.float(), labels[:, 1:][predicts[:, :-1]], rows
 

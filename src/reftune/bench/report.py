@@ -24,6 +24,7 @@ class Summary:
     step: list[float] = field(default_factory=list)
     rates: dict[str, float | None] = field(default_factory=dict)
     at_end: set[str] = field(default_factory=set)
+    reuses: bool = False
 
     def average(self, columns: Sequence[tuple[str, str]]) -> list[float]:
         """The mean over the columns, one value for each seed that has them all."""
@@ -42,6 +43,7 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[Summary]:
         one.seconds.append(_training_time(row))
         one.step.append(row["seconds"]["step"])
         one.rates[row["task"]] = row["lr"]
+        one.reuses |= bool(row.get("reuse"))
         if row.get("lr_at_end"):
             one.at_end.add(row["task"])
         for name, metrics in row["metrics"].items():
@@ -156,9 +158,11 @@ def _notes(summaries: Sequence[Summary]) -> str:
     head = (
         f" All methods train the head too ({', '.join(f'{h:,}' for h in heads)} numbers), not counted." if heads else ""
     )
+    reusing = ", ".join(one.method for one in summaries if one.reuses)
+    reuse = f" What the frozen base makes the same in all runs was computed once for {reusing}." if reusing else ""
     return (
         f"Mean ± sample standard deviation over seeds; shares, accuracies and correlations in percent.{head} "
-        "A step: the median, wall time; to train: CPU time on a CPU, else wall time."
+        f"A step: the median, wall time; to train: CPU time on a CPU, else wall time.{reuse}"
     )
 
 

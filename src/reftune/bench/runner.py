@@ -13,7 +13,9 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from reftune.train.reuse import MemoryStore
 
 from .claims import Claims
 from .data import data_folder
@@ -41,6 +43,8 @@ def run_grid(
     wait: bool = True,
     say: Callable[[str], None] = print,
     stale: float = 300.0,
+    reuse: Literal["auto", "off"] = "auto",
+    reuse_budget: int | None = None,
 ) -> Outcome:
     """Work on a grid.
 
@@ -52,7 +56,15 @@ def run_grid(
         wait: stay while other processes work on what is left, and take over what they drop.
         say: takes a line after every run.
         stale: seconds after which another machine's silent claim is taken over.
+        reuse: "auto" computes what the frozen base makes the same in all runs of a ReFT (its sweep, its seeds, its
+            epochs) once and keeps it in memory, where that is exact; it changes rounding alone. "off" does not.
+        reuse_budget: bytes to keep at most; None is a quarter of the free memory, for grids are often shared.
     """
+    if reuse not in ("auto", "off"):
+        raise ValueError(f'reuse is "auto" or "off", but is {reuse!r}.')
+    if reuse_budget is None:
+        reuse_budget = MemoryStore().budget // 2
+    kept = MemoryStore(reuse_budget) if reuse == "auto" else None
     folder, store = data_folder(data), Store(out)
     claims = Claims(store.directory / "claims", stale=stale)
     plan = jobs(grid)
@@ -74,7 +86,7 @@ def run_grid(
                     continue
                 moved = True
                 try:
-                    row = _run(job, plan, store, folder)
+                    row = _run(job, plan, store, folder, kept)
                 except Exception as error:
                     failed[job.id] = f"{type(error).__name__}: {error}"
                     _record_failure(store, job)
@@ -107,10 +119,10 @@ def best_lr(job: Job, plan: list[Job], store: Store) -> tuple[float | None, list
     return best["lr"], [{"lr": row["lr"], **row["selection"]} for row in rows]
 
 
-def _run(job: Job, plan: list[Job], store: Store, folder: Path | None) -> dict[str, Any]:
+def _run(job: Job, plan: list[Job], store: Store, folder: Path | None, kept: MemoryStore | None) -> dict[str, Any]:
     lr, sweep = (job.lr, []) if job.stage == "sweep" else best_lr(job, plan, store)
     work = store.directory / "work" / job.id
-    row = run_job(job, lr=lr, data=folder, work=work)
+    row = run_job(job, lr=lr, data=folder, work=work, kept=kept)
     if sweep:
         row["sweep"] = sweep
         row["lr_at_end"] = lr in (min(job.method.lrs), max(job.method.lrs))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from reftune.train.recipe_file import from_dict
+from reftune.train.reuse import Store
 
 from .data import Parts, load_rows, split
 from .grid import BudgetSection, Job, RowsSection, ScoringSection
@@ -28,10 +29,14 @@ class Setup:
     scoring: ScoringSection
     parts: dict[str, Parts]
     work: Path
+    kept: Store | None = None
 
 
-def run_job(job: Job, *, lr: float | None, data: Path | None, work: Path) -> dict[str, Any]:
-    """Train and evaluate; returns the row. `lr` is the rate to use; `work` a directory for checkpoints."""
+def run_job(job: Job, *, lr: float | None, data: Path | None, work: Path, kept: Store | None = None) -> dict[str, Any]:
+    """Train and evaluate; returns the row.
+
+    `lr` is the rate to use, `work` a directory for checkpoints, `kept` what runs share of the frozen base.
+    """
     started = time.time()
     s = job.settings
     rows, train = from_dict(RowsSection, s["rows"]), from_dict(BudgetSection, s["train"])
@@ -45,7 +50,7 @@ def run_job(job: Job, *, lr: float | None, data: Path | None, work: Path) -> dic
         )
         for name in names
     }
-    setup = Setup(job, lr or 0.0, rows, train, from_dict(ScoringSection, s["scoring"]), parts, work)
+    setup = Setup(job, lr or 0.0, rows, train, from_dict(ScoringSection, s["scoring"]), parts, work, kept)
     if job.suite == "glue":
         from .classify import run
     else:
@@ -73,6 +78,7 @@ def train_method(setup: Setup, model: Any, rows: list[Any], collator: Any, head:
         seed=job.seed,
         causal=not head,
         work=setup.work,
+        kept=setup.kept,
     )
     return model, counts, fitted
 
@@ -103,6 +109,7 @@ def _row(
         "steps": fitted.steps,
         "train_loss": fitted.loss if fitted.steps else None,
         "resumed": fitted.resumed,
+        "reuse": fitted.reuse,
         "seconds": {
             "train": round(fitted.seconds, 3),
             "train_cpu": round(fitted.cpu_seconds, 3),

@@ -1,6 +1,8 @@
 """The one trainer of all methods: transformers' Trainer with a fixed order of the rows, timed.
 
-Only the loss of causal models is computed otherwise, on labelled tokens alone (see `logits`), for every method alike.
+Only the loss of causal models is computed otherwise, on labelled tokens alone (see `logits`), for every method alike;
+and what the frozen base makes unnecessary may be left out of a ReFT's steps (see `reftune.train.reuse`), which changes
+rounding alone.
 """
 
 import shutil
@@ -14,14 +16,17 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from reftune.train.reuse import Store
+from reftune.train.trainer import ReusesFrozenBase
+
 from .grid import BudgetSection
-from .logits import labelled_logits
+from .logits import labelled_logits, takes_prompt_mask
 
 
 @dataclass(frozen=True)
 class Fit:
     """What a training run was: its steps, mean loss, seconds in all (by the clock and of this process's CPU time, which
-    a shared machine stretches less) and of a middling step, and whether it was resumed."""
+    a shared machine stretches less) and of a middling step, whether it was resumed, and what was reused, in words."""
 
     steps: int
     loss: float
@@ -29,6 +34,7 @@ class Fit:
     cpu_seconds: float
     step_seconds: float
     resumed: bool
+    reuse: str | None = None
 
 
 class CausalTrainer(Trainer):
@@ -50,6 +56,12 @@ class CausalTrainer(Trainer):
         if getattr(model, "peft_type", None) == "ADALORA":
             loss = loss + _orthogonality(model)
         return (loss, {"logits": logits}) if return_outputs else loss
+
+
+class ReusingTrainer(ReusesFrozenBase, CausalTrainer):
+    """The same losses and gradients without what the frozen base makes unnecessary."""
+
+    selects_logits = False  # the loss chooses its rows itself
 
 
 def _orthogonality(model: Any) -> Any:
@@ -88,16 +100,24 @@ def fit(
     seed: int,
     causal: bool,
     work: Path,
+    kept: Store | None = None,
 ) -> Fit:
-    """Train `model` in place. `work` holds checkpoints, if any are written, and is removed at the end."""
+    """Train `model` in place.
+
+    `work` holds checkpoints, if any are written, and is removed at the end. `kept` holds what a causal model's runs
+    with ReFT share of the frozen base; None: nothing is reused.
+    """
     arguments = training_arguments(budget, lr=lr, seed=seed, work=work)
     clock = _Clock()
     callbacks: list[TrainerCallback] = [clock]
     if getattr(model, "peft_type", None) == "ADALORA":
         callbacks.append(_Allocate())
-    trainer_class = CausalTrainer if causal else Trainer
+    trainer_class: Any = CausalTrainer if causal else Trainer
+    more: dict[str, Any] = {}
+    if causal and kept is not None and takes_prompt_mask(model):
+        trainer_class, more = ReusingTrainer, {"reuse": kept, "say": lambda text: None}
     trainer = trainer_class(
-        model=model, args=arguments, train_dataset=rows, data_collator=collator, callbacks=callbacks
+        model=model, args=arguments, train_dataset=rows, data_collator=collator, callbacks=callbacks, **more
     )
     _quiet(trainer)
     checkpoint = get_last_checkpoint(str(work)) if budget.checkpoint_steps and work.is_dir() else None
@@ -108,7 +128,8 @@ def fit(
     gaps = sorted(b - a for a, b in zip(clock.marks, clock.marks[1:], strict=False))
     middle = gaps[len(gaps) // 2] if gaps else seconds / max(outcome.global_step, 1)
     model.eval()
-    return Fit(outcome.global_step, outcome.training_loss, seconds, cpu, middle, checkpoint is not None)
+    reuse = trainer.reuse_plan.splitlines()[0] if more and trainer.reuse.plan.anything else None
+    return Fit(outcome.global_step, outcome.training_loss, seconds, cpu, middle, checkpoint is not None, reuse)
 
 
 def training_arguments(budget: BudgetSection, *, lr: float, seed: int, work: Path) -> TrainingArguments:

@@ -24,6 +24,9 @@ def run(
     ] = None,
     minutes: Annotated[float | None, typer.Option("--minutes", help="Begin no run after so many.")] = None,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Stay while other processes finish theirs.")] = True,
+    reuse: Annotated[
+        str, typer.Option("--reuse", help="auto: compute once what the frozen base makes the same in all runs; off.")
+    ] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the runs and do none.")] = False,
 ) -> None:
     """Run a grid: what is done is kept, what is missing is done, several processes share it."""
@@ -38,7 +41,7 @@ def run(
         for job in plan:
             typer.echo(f"  {job.id}")
         return
-    outcome = run_grid(found, out, data=data, minutes=minutes, wait=wait, say=typer.echo)
+    outcome = run_grid(found, out, data=data, minutes=minutes, wait=wait, say=typer.echo, reuse=reuse)  # type: ignore[arg-type]
     typer.echo(f"{outcome.finished} runs done here, {outcome.left} left. Results: {Path(out) / 'results.jsonl'}")
     if outcome.failed:
         typer.echo(f"{len(outcome.failed)} failed; their tracebacks are in {Path(out) / 'failures'}.", err=True)
