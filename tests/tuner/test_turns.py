@@ -35,7 +35,7 @@ def test_terms_without_a_common_token_share_a_turn_and_the_order_stays(positions
     for layer in layers(model):
         turns = layer.turns[1]
         assert [len(turn) for turn in turns] == sizes
-        layer.turns = (layer.turns[0], [[member] for turn in turns for member in turn], {})  # one by one
+        layer.turns = (layer.turns[0], [(member,) for turn in turns for member in turn], {})  # one by one
     with torch.no_grad():
         torch.testing.assert_close(model(**INPUTS).logits, found, rtol=1e-12, atol=1e-12)
 
@@ -98,7 +98,7 @@ def test_gradients_are_those_of_one_after_the_other() -> None:
         if not together:
             model(**data, labels=labels[:2])
             for layer in layers(model):
-                layer.turns = (layer.turns[0], [[member] for turn in layer.turns[1] for member in turn], {})
+                layer.turns = (layer.turns[0], [(member,) for turn in layer.turns[1] for member in turn], {})
         model(**data, labels=labels[:2]).loss.backward()
         grads.append([p.grad for p in model.parameters() if p.requires_grad])
     for a, b in zip(*grads, strict=True):
@@ -106,7 +106,7 @@ def test_gradients_are_those_of_one_after_the_other() -> None:
 
 
 def banks(model) -> list[Bank]:
-    return [bank for layer in layers(model) for _, bank in layer.turns[2].values() if isinstance(bank, Bank)]
+    return [together.bank for layer in layers(model) for together in layer.turns[2].values()]
 
 
 @pytest.mark.parametrize("kind", ["loreft", "noreft", "direft", "nodireft", "consreft", "lobireft", "red", "postblock"])
@@ -196,3 +196,19 @@ def test_weights_given_for_one_call_are_used() -> None:
     found = torch.func.functional_call(model, given, kwargs=data).logits
     assert not torch.allclose(found, before)
     assert torch.equal(model(**data).logits, before)
+
+
+@torch.no_grad()
+def test_an_intervention_that_couples_tokens_finds_its_own_segments_beside_another() -> None:
+    model = adapted("all", intervention="reft_r1")
+    model.add_adapter("still", ReftConfig(positions="all", layers="all"))  # edits nothing yet
+    for part in layers(model)[0].interventions("default"):
+        for weight in part.parameters():
+            weight.normal_(std=0.5)
+    labels = torch.where(torch.arange(8) < 4, -100, IDS)
+    data = {key: value[:2] for key, value in INPUTS.items()}
+    alone = model(**data, labels=labels[:2]).logits
+    for names in (["default", "still"], ["still", "default"]):
+        model.base_model.set_adapter(names)
+        found = model(**data, labels=labels[:2]).logits  # the other's rows are settled in fp32
+        torch.testing.assert_close(found, alone, rtol=1e-6, atol=1e-6)

@@ -32,9 +32,6 @@ _ADD = (DireftIntervention, NodireftIntervention)
 _KINDS = (*_REPLACE, *_ADD, ConsreftIntervention, LobireftIntervention, PostBlockIntervention, RedIntervention)
 
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_state_dict_pre_hooks")
-
-
 def bank_key(intervention: Intervention) -> Any:
     """What interventions must share to be in one bank; None for one that fits in none.
 
@@ -46,15 +43,6 @@ def bank_key(intervention: Intervention) -> Any:
     function = "silu" if cls is PostBlockIntervention else intervention.act_fn
     device = next(intervention.parameters()).device  # not state_dict(): FSDP2 takes its weights away when asked for it
     return cls is RedIntervention, function, intervention.embed_dim, device
-
-
-def only_weights(intervention: Intervention) -> bool:
-    """Whether calling it at inference does nothing that its weights do not say: no hook, no forward put before its own,
-    no dropout, no weights that are gathered for the call (FSDP2 hooks into the state dict of what it gathers)."""
-    state = intervention.__dict__
-    if state["training"] or state.get("sharded") or "forward" in state:
-        return False
-    return not any(state.get(table) for table in _HOOKS)
 
 
 def plain_weights(intervention: Intervention) -> bool:
@@ -72,6 +60,7 @@ class Bank:
     @torch.no_grad()
     def __init__(self, interventions: Sequence[Intervention]) -> None:
         first = interventions[0]
+        self.width = first.embed_dim
         self._function: Callable[[Tensor], Tensor] | None = first._activation
         self._diagonal = isinstance(first, RedIntervention)
         if self._diagonal:
@@ -114,7 +103,11 @@ class Bank:
         """h + Δ(h), (A, n, d) → (A, n, d), computed in fp32 or wider and returned in the dtype of h."""
         if torch.is_autocast_enabled(h.device.type):
             with torch.autocast(device_type=h.device.type, enabled=False):
-                return self(h)
+                return self.plainly(h)
+        return self.plainly(h)
+
+    def plainly(self, h: Tensor) -> Tensor:
+        """The same, where autocast is known to be off."""
         weights = self._weights.get(h.dtype)
         if weights is None:
             wide = torch.promote_types(h.dtype, torch.float32)

@@ -124,7 +124,7 @@ class Batch:
         """The rows of `hidden` (B, L, d) that the group edits, on its device; None if there are none."""
         if self.nothing:
             return None
-        key = (adapter if self.adapter_names else None, positions, group, hidden.device)
+        key = (adapter if self.adapter_names else None, positions, group, hidden.device, couples)
         found: Rows | None = self._found.get(key, _UNKNOWN)
         if found is _UNKNOWN:
             found = self._found[key] = self._rows(adapter, positions, group, hidden, couples)
@@ -138,6 +138,21 @@ class Batch:
             joined = torch.cat([rows.index for rows in parts]), [len(rows.index) for rows in parts]
             self._found[key] = joined
         return joined
+
+    def together(self, turn: tuple[tuple[str, str, str], ...], hidden: Tensor) -> tuple[Tensor, bool] | None:
+        """The rows of hidden that the members (adapter, positions, group) of a turn edit, one member's after another's,
+        and whether autocast is on; None unless each edits equally many. Found once for all layers."""
+        key = (turn, hidden.device)
+        found: tuple[Tensor, bool] | None = self._found.get(key, _UNKNOWN)
+        if found is _UNKNOWN:
+            parts = [self.rows(*member, hidden) for member in turn]
+            counts = {0 if rows is None else len(rows.index) for rows in parts}
+            found = None
+            if len(counts) == 1 and 0 not in counts:
+                index = torch.cat([rows.index for rows in parts if rows is not None])
+                found = index, torch.is_autocast_enabled(hidden.device.type)
+            self._found[key] = found
+        return found
 
     def slots(self, adapters: tuple[str, ...], positions: str, group: str, hidden: Tensor) -> Slots | None:
         """The rows of `hidden` (B, L, d) that each of the adapters edits in its own rows of a mixed batch."""

@@ -67,14 +67,15 @@ def _handles(module: nn.Module) -> dict[str, Any]:
 
 
 def _edit_output(module: Any, args: Any, output: Any) -> Any:
-    if module._modules["edit_output"].session.state.idle:  # a decode step, mostly: cost it next to nothing
+    layer = module._modules["edit_output"]
+    if layer.session.state.idle:  # a decode step, mostly: cost it next to nothing
         return output
-    if isinstance(output, tuple):
-        return (module.edit_output(output[0]), *output[1:])
     if isinstance(output, Tensor):
-        return module.edit_output(output)
+        return layer(output)
+    if isinstance(output, tuple):
+        return (layer(output[0]), *output[1:])
     if hasattr(output, "last_hidden_state"):
-        output.last_hidden_state = module.edit_output(output.last_hidden_state)
+        output.last_hidden_state = layer(output.last_hidden_state)
         return output
     raise ValueError(
         f"{type(module).__name__} returns a {type(output).__name__}, in which reftune finds no hidden states; "

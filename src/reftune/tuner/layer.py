@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..interventions import Intervention
 from .batch import Batch
 from .mix import Mix
-from .routing import call, edit_routed, replace_rows, turns
+from .routing import Together, call, edit_routed, replace_rows, turns
 from .session import Session
 
 
@@ -62,10 +62,12 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         return [getattr(self, f"reft_{group}")[adapter_name] for _, group in groups]
 
     def forward(self, hidden: Tensor) -> Tensor:
-        if self._disable_adapters or not self.session.editing:
+        if self._disable_adapters:
             return hidden
-        batch = self.session.batch
+        batch = self.session.state.batch
         if batch is None:
+            if not self.session.editing:
+                return hidden
             raise RuntimeError(
                 "A block with a ReFT adapter ran outside a forward pass of its model, so its positions cannot be "
                 "told. Call the model, or disable the adapter around this call (model.disable_adapter())."
@@ -77,27 +79,43 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         return self._edit(hidden, batch) if batch.mix is None else self._edit_mixed(hidden, batch, batch.mix)
 
     def _edit(self, hidden: Tensor, batch: Batch) -> Tensor:
-        names: Any = self.active_adapters
-        if self.turns is None or self.turns[0] != names:
-            self.turns = (list(names), turns(self, names), {})
-        dense = torch.compiler.is_compiling()
-        banks = None if dense or torch.is_grad_enabled() else self.turns[2]
-        groups: Any = self._modules
-        for turn in self.turns[1]:
-            parts = []
-            for adapter, positions, group in turn:
-                intervention: Intervention = groups[f"reft_{group}"]._modules[adapter]
-                if dense and not (intervention.couples_positions or intervention.needs_choice):
-                    hidden = batch.edit_masked(positions, group, hidden, intervention)
-                    continue
-                rows = batch.rows(adapter, positions, group, hidden, intervention.couples_positions)
-                if rows is not None:
-                    parts.append((rows, intervention))
-                elif self.training and torch.is_grad_enabled():
-                    hidden = _keep_in_graph(hidden, intervention)
-            if parts:
-                hidden = replace_rows(hidden, parts, batch, banks)
+        if self.turns is None or self.turns[0] != self._active_adapter:
+            names = self._active_adapter
+            names = names if isinstance(names, str) else list(names)
+            self.turns = (names, turns(self, [names] if isinstance(names, str) else names), {})
+        _, members, banks = self.turns
+        one_by_one = torch.compiler.is_compiling() or torch.is_grad_enabled()
+        for turn in members:
+            edited = None if one_by_one or len(turn) < 2 else self._edit_together(hidden, batch, turn, banks)
+            hidden = self._edit_turn(hidden, batch, turn) if edited is None else edited
         return hidden
+
+    def _edit_together(self, hidden: Tensor, batch: Batch, turn: Any, banks: dict[Any, Together]) -> Tensor | None:
+        """hidden with the edits of a turn, in one computation; None where they must be called one by one."""
+        found = batch.together(turn, hidden)
+        if found is None:
+            return None
+        together = banks.get(turn)
+        if together is None:
+            tables = [(getattr(self, f"reft_{group}")._modules, adapter) for adapter, _, group in turn]
+            together = banks[turn] = Together(tables)
+        return together.replace(hidden, *found)
+
+    def _edit_turn(self, hidden: Tensor, batch: Batch, turn: Any) -> Tensor:
+        dense = torch.compiler.is_compiling()
+        groups: Any = self._modules
+        parts = []
+        for adapter, positions, group in turn:
+            intervention: Intervention = groups[f"reft_{group}"]._modules[adapter]
+            if dense and not (intervention.couples_positions or intervention.needs_choice):
+                hidden = batch.edit_masked(positions, group, hidden, intervention)
+                continue
+            rows = batch.rows(adapter, positions, group, hidden, intervention.couples_positions)
+            if rows is not None:
+                parts.append((rows, intervention))
+            elif self.training and torch.is_grad_enabled():
+                hidden = _keep_in_graph(hidden, intervention)
+        return replace_rows(hidden, parts, batch) if parts else hidden
 
     def _edit_mixed(self, hidden: Tensor, batch: Batch, mix: Mix) -> Tensor:
         source = hidden if mix.how == "sum" else None

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..interventions.bank import Bank, bank_key, only_weights, plain_weights
+from ..interventions.bank import Bank, bank_key, plain_weights
 from ..positions.overlap import TokenSet
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def plan(layer: "ReftLayer", adapters: Sequence[str]) -> list[Step]:
     return steps
 
 
-def turns(layer: "ReftLayer", adapters: Sequence[str]) -> list[list[tuple[str, str, str]]]:
+def turns(layer: "ReftLayer", adapters: Sequence[str]) -> list[tuple[tuple[str, str, str], ...]]:
     """What edits a site for all rows, (adapter, positions, group) in order; those of one turn share no token, so that
     each sees the same states as if they came one after another. Names, not modules: a replica has its own."""
     found: list[list[tuple[str, str, str]]] = []
@@ -72,25 +72,15 @@ def turns(layer: "ReftLayer", adapters: Sequence[str]) -> list[list[tuple[str, s
             if not apart:
                 found.append([])
             found[-1].append((adapter, positions, group))
-    return found
+    return [tuple(turn) for turn in found]
 
 
-def replace_rows(
-    hidden: Tensor, parts: Sequence[tuple["Rows", Any]], batch: "Batch", banks: dict[Any, Any] | None = None
-) -> Tensor:
-    """The rows of hidden (B, L, d) replaced by their edits, in a new tensor: one gathering and one copy for all.
-
-    With `banks`, which keeps them from call to call, also one computation where the interventions have one form.
-    """
+def replace_rows(hidden: Tensor, parts: Sequence[tuple["Rows", Any]], batch: "Batch") -> Tensor:
+    """The rows of hidden (B, L, d) replaced by their edits, in a new tensor: one gathering and one copy for all."""
     flat, columns = hidden.reshape(-1, hidden.shape[-1]), hidden.shape[1]
     if len(parts) > 1:
         index, counts = batch.joined([rows for rows, _ in parts])
-        selected = flat.index_select(0, index)
-        bank = None if banks is None or min(counts) < max(counts) else _bank(banks, [one for _, one in parts])
-        if bank is not None:
-            edited = bank(selected.view(len(parts), -1, flat.shape[1])).view_as(selected)
-            return flat.index_copy(0, index, edited).view_as(hidden)
-        chosen = selected.split(counts)
+        chosen = flat.index_select(0, index).split(counts)
         edits = [call(one, h, rows, batch, columns) for h, (rows, one) in zip(chosen, parts, strict=True)]
         return flat.index_copy(0, index, torch.cat(edits)).view_as(hidden)
     rows, intervention = parts[0]
@@ -99,17 +89,53 @@ def replace_rows(
     return (edited if whole else flat.index_copy(0, rows.index, edited)).view_as(hidden)
 
 
-def _bank(banks: dict[Any, Any], interventions: list[Any]) -> Bank | None:
-    """The bank of these interventions, if they fit in one and need not be called one by one."""
-    if not all(map(only_weights, interventions)):
-        return None
-    key = tuple(map(id, interventions))
-    _, bank = banks.get(key, (None, None))
-    if bank is None or (isinstance(bank, Bank) and not bank.is_current()):
-        plain = all(map(plain_weights, interventions))
-        bank = (Bank.of(interventions) if plain else None) or "none fits"
-        banks[key] = (interventions, bank)  # they are kept, so that their ids stay theirs
-    return bank if isinstance(bank, Bank) else None
+class Together:
+    """The interventions of a turn as one bank, for as long as calling them would do nothing else.
+
+    What a call costs a small model is mostly Python that is not in the processor's cache, so this is kept short.
+    """
+
+    def __init__(self, members: Sequence[tuple[dict[str, Any], str]]) -> None:
+        self._members = [(table, adapter, table[adapter], table[adapter].__dict__) for table, adapter in members]
+        self.bank: Bank | None = None
+        self._formless = False  # they share no form, and will not
+
+    @property
+    def stands(self) -> bool:
+        """Whether calling them does what their weights say and no more: no hook, no forward put before their own, no
+        dropout, no weights that are gathered for the call (FSDP2 hooks into the state dict of what it gathers)."""
+        for table, adapter, module, state in self._members:
+            if table.get(adapter) is not module or state["training"] or "forward" in state or state.get("sharded"):
+                return False
+            if state.get("_forward_hooks") or state.get("_forward_pre_hooks") or state.get("_state_dict_pre_hooks"):
+                return False  # .get: a lean module has no tables until it has a hook
+        return True
+
+    def _fit(self) -> Bank | None:
+        """Their bank as they are now; None if they share no form."""
+        modules = [module for _, _, module, _ in self._members]
+        if not all(map(plain_weights, modules)):
+            return None
+        bank = Bank.of(modules)
+        self._formless = bank is None
+        return bank
+
+    def replace(self, hidden: Tensor, index: Tensor, autocast: bool) -> Tensor | None:
+        """The rows `index` (A·n,) of hidden (B, L, d) replaced by their edits, or None: then they must be called.
+
+        autocast: whether it is on; to ask again at every site would take half as long as a product.
+        """
+        if self._formless or not self.stands:
+            return None
+        bank = self.bank
+        if bank is None or not bank.is_current():
+            bank = self.bank = self._fit()
+            if bank is None:
+                return None
+        flat = hidden.flatten(0, 1)
+        selected = flat.index_select(0, index).view(len(self._members), -1, bank.width)
+        edited = bank(selected) if autocast else bank.plainly(selected)
+        return flat.index_copy(0, index, edited.flatten(0, 1)).view_as(hidden)
 
 
 def call(method: Any, h: Tensor, rows: "Rows", batch: "Batch", columns: int) -> Tensor:
