@@ -9,9 +9,9 @@ cd "$(dirname "$0")/.." && mkdir -p "$out"
 export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}"
 
 if [ "${DEVICE:-cuda}" = cpu ]; then
-    on="--device cpu" shape=tiny large=random:2,64,4,512 rounds=2 new="8 4" length=32
+    on="--device cpu" shape=tiny large=random:2,64,4,512 small=random:2,64,4,512 rounds=2 new="8 4" length=32 axes="--axes sites"
 else
-    on="--device cuda" shape=llama2-7b large=random:32,4096,32,32000 rounds=7 new="256 64" length=512
+    on="--device cuda" shape=llama2-7b large=random:32,4096,32,32000 small=random:30,576,9,49152 rounds=7 new="256 64" length=512 axes=""
 fi
 
 run() { # NAME COMMAND...
@@ -24,5 +24,5 @@ run() { # NAME COMMAND...
 run inference benchmarks/inference.py $on --shape $shape --rounds $rounds --new-tokens $new
 run train_step benchmarks/train_step.py $on --model $large --dtype bfloat16 --length $length --rounds $rounds \
     --only "LoRA r=8, all linear" "LoRA r=8, q and v" "bare forward" LoReFT
-run train_step_small benchmarks/train_step.py $on --model random:30,576,9,49152 --dtype bfloat16 --rounds $rounds
-run scaling benchmarks/scaling.py $on --rounds $rounds
+run train_step_small benchmarks/train_step.py $on --model $small --dtype bfloat16 --rounds $rounds
+run scaling benchmarks/scaling.py $on --rounds $rounds $axes

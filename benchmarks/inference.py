@@ -5,7 +5,8 @@
 
 Random weights: speed does not depend on them. The methods take turns within each round, in an order that changes, in
 one process; medians over the rounds, and the smallest and largest ratio of a round. Time is CPU time on a CPU and
-synchronised wall time on a GPU. A prefill of one row, the shortest, gets five times the rounds.
+synchronised wall time on a GPU. A prefill of one row, the shortest, gets five times the rounds. `--inside` times the
+edits within each prefill instead (CPU): where a prefill takes seconds, its spread hides them.
 """
 
 import argparse
@@ -92,6 +93,29 @@ def rows(what: str, seconds: dict[str, list[float]], per: int) -> list[str]:
     return lines
 
 
+def inside(model: torch.nn.Module, run: Callable[[], object], rounds: int) -> list[tuple[float, float]]:
+    """(seconds in the edits, seconds of all the rest) of each round, after one to warm up."""
+    begun, spent = [0.0], [0.0]
+
+    def before(*_: object) -> None:
+        begun[0] = time.process_time()
+
+    def after(*_: object) -> None:
+        spent[0] += time.process_time() - begun[0]
+
+    edits = [module for module in model.modules() if type(module).__name__ == "ReftLayer"]
+    handles = [edit.register_forward_pre_hook(before) for edit in edits]
+    handles += [edit.register_forward_hook(after) for edit in edits]
+    found = []
+    for _ in range(rounds + 1):
+        spent[0], begin = 0.0, time.process_time()
+        run()
+        found.append((spent[0], time.process_time() - begin - spent[0]))
+    for handle in handles:
+        handle.remove()
+    return found[1:]
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -105,6 +129,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="+", default=[""], help="parts of the names of the adapters to run")
+    parser.add_argument("--inside", action="store_true", help="the edits' own time within a prefill")
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
     models = build(a.shape, a.device, a.only)
@@ -121,6 +146,14 @@ def main() -> None:
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         length = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
         prefill = {name: partial(model, **inputs, logits_to_keep=1) for name, model in models.items()}
+        if a.inside:
+            for name in [name for name in models if "ReFT" in name]:
+                times = inside(models[name], prefill[name], a.rounds)
+                shares = [1 + edits / rest for edits, rest in times]
+                own = statistics.median(edits for edits, _ in times)
+                spread = f"{statistics.median(shares):.4f} ({min(shares):.4f}-{max(shares):.4f})"
+                print(f"| edits within a prefill, batch {batch} | {name} | {1e3 * own:.2f} | {spread} |", flush=True)
+            continue
         for line in rows(f"prefill, batch {batch}", measure(prefill, a.rounds * (5 if batch == 1 else 1), a.device), 1):
             print(line, flush=True)
         generate = {name: partial(model.generate, **inputs, **length) for name, model in models.items()}

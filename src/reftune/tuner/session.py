@@ -51,7 +51,7 @@ class Session:
     """What the ReFT layers of one base model share."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._threads = _Threads()
+        self.threads = _Threads()
         self.positions: dict[str, tuple[str, ...]] = {}  # adapter → its expressions
         self.layers: list[Any] = []  # the ReftLayers of the model
         self.shape: dict[str, Any] = {}
@@ -72,11 +72,11 @@ class Session:
 
     # Copied with the model, but what is running stays with the original.
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_threads"}
+        return {k: v for k, v in self.__dict__.items() if k != "threads"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._threads = _Threads()
+        self.threads = _Threads()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Session":
         twin = self.__class__.__new__(self.__class__)
@@ -87,7 +87,7 @@ class Session:
     @property
     def state(self) -> _State:
         """This thread's."""
-        return self._threads.state
+        return self.threads.state
 
     @property
     def batch(self) -> Batch | None:
