@@ -66,6 +66,26 @@ def test_text_tasks_select_on_training_rows_and_never_on_the_test() -> None:
     assert len({r["n"] for part in (hub.train, hub.select, hub.test) for r in part}) == 100
 
 
+def test_a_task_without_the_rows_it_needs_says_so() -> None:
+    some = [{"n": 1}]
+    for name, rows, said in (
+        ("rte", {"train": some}, "rte needs rows in validation, but has train"),
+        ("addsub", {"test": some}, "addsub needs rows in train, but has test"),
+        ("alpaca_eval", {}, "alpaca_eval has no rows to be tested on"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            split(task(name), rows, seed=0, train=None, select=None, test=None)
+
+
+def test_a_file_of_a_data_set_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(kind: str, data_files: str, split: str) -> list[dict[str, Any]]:
+        assert (kind, data_files, split) == ("json", "hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval.json", "train")
+        return [{"instruction": "i", "output": "o", "generator": "g"}]
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    assert load_rows(task("alpaca_eval"), None) == {"test": [{"instruction": "i", "input": "", "output": "o"}]}
+
+
 def test_storycloze_from_the_users_own_files(tmp_path: Path) -> None:
     place = tmp_path / "commonsense" / "storycloze"
     place.mkdir(parents=True)
@@ -79,7 +99,15 @@ def test_storycloze_from_the_users_own_files(tmp_path: Path) -> None:
     rows = load_rows(task("storycloze"), tmp_path)
     assert {name: len(found) for name, found in rows.items()} == {"train": 3, "test": 2}
     assert rows["train"][0] == {"context": "", "question": "A. B. C. D.", "choices": ["Good.", "Bad."], "answer": 1}
-    next(place.glob("*test__*")).unlink()
+    for name, ending in (("cloze_test_val__spring2016.csv", True), ("cloze_test_test__winter2018.csv", False)):
+        with (place / name).open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(fields if ending else fields[:-1])
+            writer.writerow([9, "A.", "B.", "C.", "D.", "Good.", "Bad.", "1"][: len(fields) - (not ending)])
+    more = load_rows(task("storycloze"), tmp_path)  # two files to train on, and one without right endings
+    assert {name: len(found) for name, found in more.items()} == {"train": 4, "test": 2}
+    (place / "cloze_test_val__spring2016.csv").unlink()
+    next(place.glob("*test__spring*")).unlink()
     assert {name: len(found) for name, found in load_rows(task("storycloze"), tmp_path).items()} == {
         "train": 1,
         "test": 2,

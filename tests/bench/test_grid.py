@@ -72,11 +72,51 @@ def test_settings_by_task_and_by_method() -> None:
         ({"methods": []}, "at least one seed, one method"),
         ({"methods": ["lora", {"name": "lora", "method": "lora", "r": 2}]}, "a `name` of its own"),
         ({"per_task": {"rte": {"train": {"lr": 1}}}, "tasks": ["rte"]}, "Unknown key 'per_task.train.lr'"),
+        ({"per_task": {"rte": {"train": 5}}, "tasks": ["rte"]}, "per_task.rte.train must be keys"),
+        ({"per_task": {"rte": 5}, "tasks": ["rte"]}, "per_task.rte must be keys with values"),
+        ({"per_task": {"rte": {"posit": "f1"}}, "tasks": ["rte"]}, r"loreft \(rte\).*posit"),
+        ({"per_task": {"rte": {"lrs": [-1]}}, "tasks": ["rte"]}, "per_task.rte must be positive numbers"),
+        ({"per_task": {"rte": {"r": 2}}, "tasks": ["cola"]}, "rte, which is not among the grid's tasks"),
+        ({"suite": "commonsense", "per_task": {"boolq": {"r": 2}}}, "one training serves them all"),
+        ({"methods": [5]}, "A method is a name or"),
+        ({"methods": [{"method": "lora", "train": 5}]}, "train of lora must be keys"),
+        ({"methods": [{"method": "lora", "train": {"steps": 0}}]}, r"train of lora.steps must be at least 1"),
+        ({"methods": [{"method": "loreft", "rank": 4}]}, "The method loreft .*has no setting 'rank'"),
+        ({"methods": [{"method": "lora", "rank": 3}]}, "The method lora .*has no setting 'rank'"),
+        ({"reft": {"positions": "zz"}}, "The method loreft .*zz"),
+        ({"train": {"batch_size": 0}}, "train.batch_size must be at least 1, but is 0"),
+        ({"train": {"epochs": 0}}, "train.epochs must be above 0, but is 0"),
+        ({"rows": {"train": -5}}, "rows.train must be at least 1"),
+        ({"train": {"lr_scheduler": "zigzag"}}, "lr_scheduler 'zigzag' is none of linear"),
+        ({"suite": "arithmetic", "train": {"keep": "best"}}, "keep: best is for GLUE"),
+        ({"dtype": "float99"}, "no dtype of torch"),
+        ({"scoring": {"generation": {"beams": 4}}}, "beams is no argument of transformers' generate"),
+        ({"seeds": [1, 1]}, "seeds names something twice"),
+        ({"tasks": ["rte", "rte"]}, "tasks names something twice"),
     ],
 )
 def test_mistakes(wrong: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         load_grid(wrong)
+
+
+def test_a_section_cannot_be_set_below_a_value() -> None:
+    with pytest.raises(ValueError, match=r"train.steps.x cannot be set: steps has no keys, it is 3"):
+        load_grid(SMALL | {"train": {"steps": 3}}, {"train.steps.x": 1})
+
+
+def test_a_baseline_that_is_added_to_a_preset_has_its_rates_chosen() -> None:
+    plan = jobs(load_grid("paper/glue-base", {"methods": ["loreft", "lora", "full"]}))
+    swept = {(job.method.name, job.task) for job in plan if job.stage == "sweep"}
+    assert {name for name, _ in swept} == {"lora", "full"}
+    assert len(swept) == 2 * 8
+    finals = {(job.method.name, job.task): job for job in plan if job.stage == "final"}
+    assert finals["loreft", "rte"].lr == 9e-4
+    assert finals["lora", "rte"].lr is None
+    assert finals["lora", "rte"].settings["train"]["epochs"] == 60.0  # the budget is one for all
+    text = jobs(load_grid("paper/commonsense", {"methods": ["loreft", "lora"]}))
+    assert {job.method.name for job in text if job.stage == "sweep"} == {"loreft", "lora"}
+    assert {job.settings["sweep"]["steps"] for job in text} == {300}
 
 
 def test_a_missing_file_names_the_presets(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tests.bench.places import tiny_encoder
 
-from reftune.bench.judge import EndpointJudge, RewardJudge, make_judge, verdict, win_rate
+from reftune.bench.judge import EndpointJudge, RewardJudge, UnreadableError, check_judge, make_judge, verdict, win_rate
 
 
 class Server(HTTPServer):
@@ -57,7 +57,9 @@ def judge(server: Server, **kwargs: Any) -> EndpointJudge:
 
 
 def test_an_endpoint_is_asked_in_both_orders(server: Server) -> None:
-    assert win_rate(judge(server), ["Do it."], ["mine"], ["theirs"]) == 0.5  # it likes the first place: no win
+    assert win_rate(judge(server), ["Do it."], ["mine"], ["theirs"]) == {
+        "win_rate": 0.5
+    }  # it likes the first place: no win
     first, second = (call["messages"][0]["content"] for call in server.asked)
     assert first.index("mine") < first.index("theirs")
     assert second.index("theirs") < second.index("mine")
@@ -78,8 +80,13 @@ def test_errors_of_an_endpoint(server: Server, monkeypatch: pytest.MonkeyPatch) 
     server.codes = [500, 500]
     with pytest.raises(ConnectionError, match=r"2 attempts.*500"):
         judge(server, retries=1).prefers("i", "a", "b")
+    server.asked.clear()
     server.reply = "Both are fine"
-    with pytest.raises(ValueError, match="neither A, B nor tie"):
+    with pytest.raises(UnreadableError, match="neither A, B nor tie"):
+        judge(server).prefers("i", "a", "b")
+    assert [call["temperature"] for call in server.asked] == [0, 1]  # asked twice
+    server.reply = None  # type: ignore[assignment]
+    with pytest.raises(UnreadableError):
         judge(server).prefers("i", "a", "b")
     monkeypatch.delenv("NO_KEY", raising=False)
     with pytest.raises(ValueError, match=r"\$NO_KEY, which is not set"):
@@ -96,7 +103,37 @@ def test_the_key_is_sent(server: Server, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_verdicts() -> None:
-    assert [verdict(text) for text in ("A", "B.", "Tie", "**B**", "Answer: A")] == [1.0, 0.0, 0.5, 0.0, 1.0]
+    said = {"A": 1.0, "b.": 0.0, "Tie": 0.5, "**B**": 0.0, "Answer: A": 1.0, "A tie.": 0.5, "I prefer B, clearly.": 0.0}
+    said |= {"Both A and B are fine: tie": 0.5, "A is longer.\n\nB": 0.0}
+    said |= {"<think>A is shorter</think>B": 0.0, "<think>B?\nB!</think>\nA": 1.0}
+    assert {text: verdict(text) for text in said} == said
+    for text in (
+        "",
+        "Both are fine",
+        "B is better than A, or a tie",
+        "<think>A, as it seems",
+        "A is better than B",
+        "A person would like B",
+    ):
+        with pytest.raises(UnreadableError):
+            verdict(text)
+
+
+def test_a_few_replies_without_a_verdict_are_ties_and_many_an_error() -> None:
+    class Silent:
+        name, calls = "silent", 0
+
+        def prefers(self, instruction: str, a: str, b: str) -> float:
+            self.calls += 1
+            if a == "never" or self.calls == 3:
+                raise UnreadableError("hm")
+            return 1.0
+
+    answers = [str(i) for i in range(10)]
+    found = win_rate(Silent(), answers, answers, ["-"] * 10)
+    assert found == {"win_rate": pytest.approx((10 * 1 - 0.5) / 20), "unreadable": 1 / 20}
+    with pytest.raises(UnreadableError, match="3 of 4 replies had no verdict; the last: hm"):
+        win_rate(Silent(), ["never"] * 10, ["never"] * 10, ["-"] * 10)
 
 
 def test_a_reward_model_prefers_the_higher_reward(tmp_path: Path) -> None:
@@ -114,11 +151,13 @@ def test_a_reward_model_prefers_the_higher_reward(tmp_path: Path) -> None:
     assert a != b
     assert made.prefers("do it", "yes", "no no no") == float(a > b)
     assert made.prefers("do it", "yes", "yes") == 0.5
-    assert win_rate(made, ["do it"], ["yes"], ["no no no"]) == float(a > b)
+    assert win_rate(made, ["do it"], ["yes"], ["no no no"]) == {"win_rate": float(a > b)}
 
 
 def test_mistakes_in_the_settings() -> None:
     assert make_judge(None) is None
+    check_judge(None)
     for wrong in ({"url": "http://x"}, {"url": "http://x", "model": "m", "speed": 3}):
-        with pytest.raises(ValueError, match=r"scoring\.judge is"):
-            make_judge(wrong)
+        for read in (make_judge, check_judge):
+            with pytest.raises(ValueError, match=r"scoring\.judge is"):
+                read(wrong)

@@ -14,7 +14,7 @@ from tests.tiny_chat import tiny_model, tiny_tokenizer
 
 from reftune import ReftConfig, get_reft_model
 
-if importlib.util.find_spec("lm_eval") is None:
+if importlib.util.find_spec("lm_eval") is None:  # a machine without the extra `lm-eval`; `make test` installs it
     pytest.skip("the package lm_eval is not installed", allow_module_level=True)
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 
-from reftune.bench.lm_eval import ReftLM  # noqa: E402
+from reftune.bench.lm_eval import ReftLM, _device  # noqa: E402
 
 PAIRS = [("Is it?", " yes"), ("Is it?", " no"), ("Is it?", " n"), ("A much longer question here", " b"), ("c", " dd")]
 
@@ -120,3 +120,12 @@ def test_the_command_line_loads_an_adapter_and_scores_a_task(tmp_path: Path) -> 
     assert "tiny" in done.stdout
     results = json.loads(next((tmp_path / "out").rglob("results_*.json")).read_text())
     assert 0 <= results["results"]["tiny"]["acc,none"] <= 1
+
+
+def test_the_accelerator_is_taken_unless_another_device_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    found = {str(asked): str(_device(asked)) for asked in (None, "cuda", "cuda:1", "cpu", "mps")}
+    assert found == {"None": "cuda", "cuda": "cuda", "cuda:1": "cuda:1", "cpu": "cpu", "mps": "cpu"}
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert {str(_device(asked)) for asked in (None, "cuda", "cpu")} == {"cpu"}

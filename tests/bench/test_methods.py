@@ -82,6 +82,56 @@ def test_on_a_classifier_every_method_trains_the_same_head(method: str, tmp_path
         assert counts.trainable == 0
 
 
+def tiny_classifier(kind: str) -> Any:
+    """A random classifier whose head is built otherwise than BERT's."""
+    import transformers
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "distilbert": {"dim": 16, "hidden_dim": 32, "n_layers": 2, "n_heads": 2},
+        "bart": {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1}
+        | {
+            f"{side}_{what}": n
+            for side in ("encoder", "decoder")
+            for what, n in (("ffn_dim", 32), ("attention_heads", 2))
+        },
+        "modernbert": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
+        "llama": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
+        "deberta": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
+    }[kind]
+    config = transformers.AutoConfig.for_model(kind, vocab_size=99, num_labels=3, pad_token_id=0, **sizes)
+    return transformers.AutoModelForSequenceClassification.from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("kind", "heads"),
+    [
+        ("distilbert", {"pre_classifier", "classifier"}),
+        ("bart", {"classification_head"}),
+        ("modernbert", {"head", "classifier"}),
+        ("llama", {"score"}),
+        ("deberta", {"pooler", "classifier"}),
+    ],
+)
+def test_the_head_is_what_stands_beside_the_encoder(kind: str, heads: set[str]) -> None:
+    assert set(head_modules(tiny_classifier(kind))) == heads
+    if kind == "bart":  # LoReFT's layers there are a matter of its own
+        return
+    counts = set()
+    for method in ("loreft", "lora", "full", "probe"):
+        names, count = trained(tiny_classifier(kind), method, sorted(heads))
+        counts.add(count.head)
+        assert not [name for name in names if ".lora_" in name and set(name.split(".")) & heads]
+        if method == "loreft":
+            assert count.trainable == 2 * (2 * 16 + 1)
+    assert len(counts) == 1
+
+
+def test_a_model_without_a_head_is_refused() -> None:
+    with pytest.raises(ValueError, match="LlamaModel has no head beside an encoder, but embed_tokens"):
+        head_modules(tiny_llama().model)
+
+
 def test_the_head_starts_the_same_whatever_ran_before(tmp_path: Path) -> None:
     tiny_encoder(tmp_path)
     one, _ = load_classifier(str(tmp_path), labels=2, seed=3)
@@ -113,7 +163,7 @@ def test_settings_and_mistakes() -> None:
     for wrong, said in (
         ("lorreft", "Did you mean 'loreft'"),
         ({"method": "full", "r": 4}, "full has no settings, but got r"),
-        ({"method": "lora", "lrs": 1e-3}, "lrs of lora must be a list"),
+        ({"method": "lora", "lrs": 1e-3}, "lrs of lora must be positive numbers"),
     ):
         with pytest.raises(ValueError, match=said):
             resolve(wrong, "glue", {})  # type: ignore[arg-type]
@@ -143,7 +193,7 @@ def order(method: str, work: Path) -> list[int]:
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert changed
     assert changed <= {name for name, p in model.named_parameters() if p.requires_grad}
-    assert not work.exists()
+    assert not list(work.glob("*"))
     return collator.seen[:48]
 
 

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from reftune.bench.metrics import answer_of_choice, first_letter, glue_scores, last_number, right
 
 
-def test_an_answer_is_what_follows_the_last_trigger() -> None:
+def test_an_answer_is_all_that_follows_the_first_trigger() -> None:
     assert answer_of_choice(" the correct answer is answer2 \n") == "answer2"
-    assert answer_of_choice("the correct answer is a the correct answer is b") == "b"
+    assert answer_of_choice("the correct answer is a the correct answer is b") == "a the correct answer is b"
     assert right("choice", "the correct answer is answer2", "answer2")
     assert not right("choice", "the correct answer is answer2.", "answer2")
     assert not right("choice", "the correct answer is Answer2", "answer2")
-    assert right("choice", "answer2", "answer2")
+    assert not right("choice", "answer2", "answer2")
 
 
 def test_the_last_number_counts() -> None:

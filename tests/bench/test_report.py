@@ -24,10 +24,12 @@ def row(method: str, task: str, seed: int, metrics: dict[str, dict[str, float]],
         "total": 10**7,
         "metrics": metrics,
         "selection": {"loss": 1.0},
+        "steps": 10,
+        "sweep": [{"lr": 1e-3}],
         "seconds": {"train": 10.0, "step": 0.5, "all": 12.0},
         "rows": {name: {"train": 100, "select": 10, "test": 20, "digest": "x"} for name in metrics},
         "spec": {"model": "minilm-l6", "suite": "glue", "train": train},
-        "versions": {"torch": "2.13"},
+        "versions": {"torch": "2.13", "numpy": "2"},
     }
     return content | more
 
@@ -53,6 +55,26 @@ def test_the_table_has_means_spreads_parameters_and_averages() -> None:
     assert "cola 100/10/20" in text
     assert "770 numbers" in text
     assert "0.001†" in text
+
+
+def test_what_is_said_of_budgets_and_rates_is_true_of_all_rows() -> None:
+    assert "learning rate chosen on the selection rows. " in report(rows())
+    assert "Versions: torch 2.13." in report(rows())
+    longer = {"model": "minilm-l6", "suite": "glue", "train": {**rows()[0]["spec"]["train"], "steps": 20}}
+    mixed = [r | ({"spec": longer} if r["task"] == "cola" else {"sweep": None}) for r in rows()]
+    text = report(mixed)
+    assert "Every method: 10 steps of 16 rows or 20 steps of 16 rows" in text
+    assert "learning rate chosen on the selection rows where several were tried." in text
+    assert "learning rate given." in report([r | {"sweep": None} for r in rows()])
+
+
+def test_runs_of_different_grids_are_not_averaged() -> None:
+    other = {"model": "minilm-l6", "suite": "glue", "train": {**rows()[0]["spec"]["train"], "steps": 30, "new": 1}}
+    with pytest.raises(ValueError, match=r"loreft has runs of different settings on rte.*train.steps 10 and 30"):
+        report([*rows(), row("loreft", "rte", 2, {"rte": {"accuracy": 0.6}}, spec=other)])
+    seen = {"rte": {"train": 100, "select": 10, "test": 20, "digest": "y"}}
+    with pytest.raises(ValueError, match="red had other rows of rte than another method with seed 1"):
+        report([*rows(), row("red", "rte", 1, {"rte": {"accuracy": 0.6}}, rows=seen)])
 
 
 def test_the_methods_that_reused_the_frozen_base_are_named() -> None:

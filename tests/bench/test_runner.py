@@ -15,7 +15,7 @@ from tests.tiny_chat import tiny_tokenizer
 
 from reftune.bench import jobs, load_grid, run_grid
 from reftune.bench.grid import BudgetSection
-from reftune.bench.methods import attach, resolve
+from reftune.bench.methods import METHODS, attach, resolve
 from reftune.bench.progress import line, time_left, words
 from reftune.bench.runner import best_lr
 from reftune.bench.store import Store, read_rows
@@ -85,7 +85,10 @@ def test_a_row_holds_what_is_needed_to_repeat_it(places: dict[str, str], tmp_pat
     assert final["steps"] == 3
     assert [row["steps"] for row in sweep] == [2, 2]
     assert final["rows"]["rte"] | {"digest": ""} == {"train": 24, "select": 8, "test": 8, "digest": ""}
-    assert set(final["versions"]) == {"python", "reftune", "torch", "transformers", "peft"}
+    assert {"python", "reftune", "torch", "transformers", "peft", "tokenizers", "scikit-learn"} <= set(
+        final["versions"]
+    )
+    assert final["data"] == places["data"]
     assert final["seconds"]["train"] > 0
     job = next(j for j in jobs(grid) if j.id == final["id"])
     assert final["spec"] == json.loads(json.dumps(job.spec()))
@@ -143,13 +146,71 @@ def test_the_win_rate_comes_from_the_judge(
             return float(len(a) > len(b))
 
     monkeypatch.setattr("reftune.bench.causal.make_judge", lambda settings: Longer() if settings else None)
-    content = {"suite": "instruct", "tasks": ["alpaca_eval"], "train_tasks": ["alpaca"], "model": places["causal"]}
-    scoring = {"max_new_tokens": 4, "judge": {"url": "u", "model": "m"}}
+    tasks = {"tasks": ["alpaca", "alpaca_eval"], "train_tasks": ["alpaca"]}
+    content = {"suite": "instruct", "model": places["causal"]} | tasks
+    scoring = {"max_new_tokens": 4, "judge": {"url": "u", "model": "m", "key_env": None}}
     grid = load_grid(content | {"methods": ["base"], "seeds": [0], "scoring": scoring})
     run_grid(grid, tmp_path, data=places["data"], say=silent)
     (row,) = read_rows(tmp_path)
     assert 0 <= row["metrics"]["alpaca_eval"]["win_rate"] <= 1
     assert "loss" in row["metrics"]["alpaca_eval"]
+    assert "win_rate" not in row["metrics"]["alpaca"]  # is not judged
+
+
+def test_what_a_grid_lacks_is_said_before_the_first_run(places: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="No data for sst2"):
+        run_grid(glue(places, tasks=["rte", "sst2"]), tmp_path, data=places["data"])
+    content = {"suite": "instruct", "tasks": ["alpaca_eval"], "train_tasks": ["alpaca"], "model": places["causal"]}
+    judge = {"scoring": {"judge": {"url": "u", "model": "m", "key_env": "NO_SUCH_KEY"}}}
+    with pytest.raises(ValueError, match=r"\$NO_SUCH_KEY"):
+        run_grid(load_grid(content | judge), tmp_path, data=places["data"])
+    assert not list((tmp_path / "rows").glob("*"))
+
+
+def test_rows_that_are_too_long_are_counted(places: dict[str, str], tmp_path: Path) -> None:
+    content = {"suite": "instruct", "tasks": ["alpaca"], "model": places["causal"], "seeds": [0]}
+    content |= {"methods": [{"method": "loreft", "lrs": [1e-2]}], "scoring": {"max_new_tokens": 2}}
+    run_grid(load_grid(content | {"train": TRAIN}), tmp_path / "all", data=places["data"], say=silent)
+    (row,) = read_rows(tmp_path / "all")
+    assert (row["rows"]["alpaca"]["left_out"], row["rows"]["alpaca"]["cut"]) == (0, 0)
+    short = TRAIN | {"max_length": 160}  # the prompts with an input are longer than that
+    run_grid(load_grid(content | {"train": short}), tmp_path / "some", data=places["data"], say=silent)
+    (row,) = read_rows(tmp_path / "some")
+    assert 0 < row["rows"]["alpaca"]["left_out"] < row["rows"]["alpaca"]["train"]
+    outcome = run_grid(
+        load_grid(content | {"train": TRAIN | {"max_length": 8}}), tmp_path / "none", data=places["data"], say=silent
+    )
+    assert "No training row is left: every prompt has 8 tokens or more" in next(iter(outcome.failed.values()))
+
+
+def test_the_best_epoch_is_kept(places: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores of the epochs are made up; the numbers kept are those after the best one, also over a cut."""
+    from reftune.bench.classify import BestEpoch
+
+    model = torch.nn.Linear(2, 2)
+    scores = iter([0.1, 0.7, 0.7, 0.3])
+    best = BestEpoch(lambda made: next(scores), tmp_path)
+    for epoch in range(4):
+        if epoch == 2:
+            best = BestEpoch(lambda made: next(scores), tmp_path)  # another process
+        torch.nn.init.constant_(model.weight, epoch)
+        best.on_epoch_end(None, None, None, model=model)
+        assert model.training
+    best.restore(model)
+    assert model.weight.unique().tolist() == [1.0]
+    assert not list(tmp_path.glob("*"))
+
+    def value(keep: str) -> Any:
+        methods = [{"method": "loreft", "lrs": [3e-2]}]
+        train = {"epochs": 3, "batch_size": 4, "keep": keep}
+        run_grid(
+            glue(places, methods=methods, seeds=[0], train=train), tmp_path / keep, data=places["data"], say=silent
+        )
+        return read_rows(tmp_path / keep)[0]
+
+    last, kept = value("last"), value("best")
+    assert kept["selection"]["score"] >= last["selection"]["score"]
+    assert kept["train_loss"] == last["train_loss"]
 
 
 def test_selection_by_score_scores_the_selection_rows(places: dict[str, str], tmp_path: Path) -> None:
@@ -178,8 +239,16 @@ def test_no_run_begins_after_the_time_is_up(places: dict[str, str], tmp_path: Pa
 
 
 SHARE = """
-import json, sys
+import json, os, sys
+from pathlib import Path
+import reftune.bench.runner as runner
 from reftune.bench import load_grid, run_grid
+run, log = runner.run_job, Path(sys.argv[2]) / "begun.txt"
+def run_job(job, **more):
+    with log.open("a") as file:
+        file.write(f"{os.getpid()} {job.id}" + chr(10))
+    return run(job, **more)
+runner.run_job = run_job
 outcome = run_grid(load_grid(json.loads(sys.argv[1])), sys.argv[2], data=sys.argv[3])
 print("finished", outcome.finished, outcome.left, flush=True)
 """
@@ -211,13 +280,20 @@ def test_processes_share_a_grid_and_do_a_killed_ones_run(places: dict[str, str],
     rows = read_rows(tmp_path)
     assert sorted(row["id"] for row in rows) == sorted(job.id for job in plan)
     assert len({row["id"] for row in rows}) == len(rows)
+    begun = [line.split(" ", 1) for line in (tmp_path / "begun.txt").read_text().splitlines()]
+    again = {name for pid, name in begun if pid == str(workers[0].pid)} - {Path(name).stem for name in kept}
+    for job in plan:  # once each, but for what the killed process had begun
+        times = sum(name == job.id for _, name in begun)
+        assert times == 1 or (times == 2 and job.id in again), job.id
+    assert not list((tmp_path / "claims").glob("*.json"))
     finished = int(said.rsplit("finished", 1)[1].split()[0])
     assert 1 <= finished <= len(plan)
     assert said.rsplit("finished", 1)[1].split()[1] == "0"
     assert kept.items() <= {p.name: p.stat().st_mtime_ns for p in (tmp_path / "rows").glob("*.json")}.items()
 
 
-def test_a_cut_off_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "base"])
+def test_a_cut_off_run_goes_on_from_its_checkpoint(method: str, tmp_path: Path) -> None:
     rows = [{"input_ids": [i, 3, 60, 61], "labels": [-100, -100, 60, 61]} for i in range(2, 42)]
     budget = BudgetSection(steps=8, batch_size=4, checkpoint_steps=3)
 
@@ -232,7 +308,7 @@ def test_a_cut_off_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
 
     def model() -> Any:
         torch.manual_seed(0)
-        return attach(tiny_llama(), resolve("loreft", "commonsense", {"positions": "l1"}), head=[], steps=8)[0]
+        return attach(tiny_llama(), resolve(method, "commonsense", {"positions": "l1"}), head=[], steps=8)[0]
 
     def train(made: Any, collator: Any, work: str) -> Any:
         return fit(made, rows, collator, budget, lr=1e-2, seed=1, causal=True, work=tmp_path / work)
@@ -241,10 +317,29 @@ def test_a_cut_off_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     assert not train(whole, ReftDataCollator(tiny_tokenizer()), "whole").resumed
     with pytest.raises(KeyboardInterrupt):
         train(model(), Cut(tiny_tokenizer()), "cut")
+    (tmp_path / "cut" / "checkpoint-6").mkdir(parents=True)  # killed while it was written
     resumed = model()
-    assert train(resumed, ReftDataCollator(tiny_tokenizer()), "cut").resumed
+    # AdaLoRA prunes its ranks, and PEFT does not read such factors back: it starts anew
+    assert train(resumed, ReftDataCollator(tiny_tokenizer()), "cut").resumed == (method != "adalora")
     for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_what_fails_after_training_does_not_lose_the_training(
+    places: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import reftune.bench.classify as classify
+
+    grid = glue(places, methods=[{"method": "loreft", "lrs": [1e-2]}], seeds=[0], train=TRAIN | {"checkpoint_steps": 2})
+    measure = classify.evaluate
+    monkeypatch.setattr(classify, "evaluate", lambda *a, **k: 1 / 0)
+    assert run_grid(grid, tmp_path, data=places["data"], say=silent).failed
+    monkeypatch.setattr(classify, "evaluate", measure)
+    assert run_grid(grid, tmp_path, data=places["data"], say=silent).finished == 1
+    (row,) = read_rows(tmp_path)
+    assert row["resumed"]
+    assert row["steps"] == 3
+    assert not list((tmp_path / "work").glob("*"))
 
 
 def test_what_the_frozen_base_makes_the_same_is_computed_once(places: dict[str, str], tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def test_the_suites_hold_the_papers_tasks() -> None:
             "winogrande",
             {"context": "", "question": "_ ran.", "choices": ["Al", "Bo"], "answer": 1},
             "Please choose the correct answer to fill in the blank to complete the given sentence: _ ran.\n\n"
-            "Option1: Al Option2: Bo\n\nAnswer format: option1/option2\n",
+            "Option1: Al Option2: Bo Answer format: option1/option2\n",
             "the correct answer is option2",
         ),
         (
@@ -160,6 +160,16 @@ HUB_ROWS: list[tuple[str, dict[str, Any], dict[str, Any] | None]] = [
         {"question": "He has 2. How many?", "solution": "( 2 )", "answer": 2.0},
     ),
     ("multiarith", {"question": " q ", "final_ans": "7"}, {"question": "q", "solution": None, "answer": 7.0}),
+    (
+        "mawps",
+        {"question": "q ", "equation": "x = 2 + 3", "result": "5", "result_float": 5.0, "chain": "<gadget>"},
+        {"question": "q", "solution": "x = 2 + 3", "answer": 5.0},
+    ),
+    (
+        "alpaca_eval",
+        {"instruction": "i", "output": "o", "generator": "text_davinci_003", "dataset": "helpful_base"},
+        {"instruction": "i", "input": "", "output": "o"},
+    ),
     (
         "aqua",
         {"question": "q", "options": ["A)5", "B)6"], "correct": "B"},

@@ -77,6 +77,25 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(keys: dict[str, Any], tmp_p
     assert sum(sizes) < 60_000  # no base
 
 
+def test_what_a_killed_process_left_half_written_is_passed_over(keys: dict[str, Any], tmp_path: Path) -> None:
+    keys |= {"save": "steps", "save_steps": 2, "max_steps": 5, "save_total_limit": None, "lr_scheduler": "constant"}
+    train(load_recipe(None, keys), say=lambda _: None)
+    whole = _weights(tmp_path / "out")
+    for name in ("checkpoint-5", "checkpoint-6"):
+        (tmp_path / "out" / name).mkdir(exist_ok=True)
+        (tmp_path / "out" / name / "trainer_state.json").write_text("{" if name == "checkpoint-5" else "[]")
+    said: list[Any] = []
+    train(load_recipe(None, keys | {"resume": True}), say=said.append)
+    assert "checkpoint-4" in said[0]
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in _weights(tmp_path / "out").items())
+
+    said.clear()  # resumed when all is done: the same adapter, and not a step more
+    result = train(load_recipe(None, keys | {"resume": True}), say=said.append)
+    assert "Its 5 steps are done: nothing is left to train." in said
+    assert 0 < result.loss < 20
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in _weights(tmp_path / "out").items())
+
+
 def test_a_new_run_does_not_mix_with_an_older_ones_checkpoints(keys: dict[str, Any]) -> None:
     keys |= {"save": "epoch", "epochs": 1.0}
     train(load_recipe(None, keys), say=lambda _: None)

@@ -4,6 +4,7 @@ import time
 from typing import Any
 
 import torch
+from transformers import set_seed
 
 from reftune.data import PromptTemplate, ReftDataCollator
 from reftune.models import load_model
@@ -14,6 +15,8 @@ from .methods import Counts
 from .metrics import right
 from .runs import Setup, train_method
 from .tasks import Item, TextTask, task
+from .tasks.base import LOSS
+from .tasks.instruct import WIN_RATE
 from .training import Fit
 
 Result = tuple[Counts, Fit, dict[str, dict[str, float]], dict[str, float], dict[str, float]]
@@ -29,16 +32,12 @@ def run(setup: Setup) -> Result:
     model.config.use_cache = False
     loaded = time.perf_counter()
     words = Words(tokenizer, job.settings["template"])
-    rows = [
-        row
-        for name in job.train_tasks
-        for item in items(name, setup.parts[name].train)
-        if (row := words.training_row(item, setup.train.max_length)) is not None
-    ]
+    rows = _training_rows(setup, words)
     collator = ReftDataCollator(tokenizer)
     model, counts, fitted = train_method(setup, model, rows, collator, [])
     model.config.use_cache = True
     begun, cpu = time.perf_counter(), time.process_time()
+    set_seed(job.seed)  # answers may be sampled: not by what training left of the generator's state
     with torch.autocast(model.device.type, torch.bfloat16, enabled=setup.train.bf16):
         held = [item for name in job.train_tasks for item in items(name, setup.parts[name].select)]
         selection = {"loss": mean_loss(model, words, held, collator, setup)} if held else {}
@@ -47,9 +46,8 @@ def run(setup: Setup) -> Result:
                 evaluate(model, words, name, items(name, setup.parts[name].select), collator, setup)
                 for name in job.train_tasks
             ]
-            firsts = [s[task(n).metrics[0].name] for n, s in zip(job.train_tasks, scores, strict=True)]
-            signs = [1 if task(n).metrics[0].higher else -1 for n in job.train_tasks]
-            selection["score"] = sum(s * f for s, f in zip(signs, firsts, strict=True)) / len(firsts)
+            firsts = [_first(name, found) for name, found in zip(job.train_tasks, scores, strict=True)]
+            selection["score"] = sum(firsts) / len(firsts)
         metrics: dict[str, dict[str, float]] = {}
         for name in job.tasks if job.stage == "final" else ():
             metrics[name] = evaluate(model, words, name, items(name, setup.parts[name].test), collator, setup)
@@ -59,6 +57,26 @@ def run(setup: Setup) -> Result:
         "evaluate_cpu": time.process_time() - cpu,
     }
     return counts, fitted, metrics, selection, seconds
+
+
+def _training_rows(setup: Setup, words: "Words") -> list[dict[str, list[int]]]:
+    """The rows of all tasks as token ids; how many were left out or cut is noted in `setup.lengths`."""
+    longest = setup.train.max_length
+    rows: list[dict[str, list[int]]] = []
+    for name in setup.job.train_tasks:
+        each = [words.training_row(item, longest) for item in items(name, setup.parts[name].train)]
+        kept = [row for row, _ in each if row is not None]
+        setup.lengths[name] = {"left_out": len(each) - len(kept), "cut": sum(cut for _, cut in each)}
+        rows += kept
+    if not rows and setup.job.method.method != "base":
+        raise ValueError(f"No training row is left: every prompt has {longest} tokens or more. Raise train.max_length.")
+    return rows
+
+
+def _first(name: str, scores: dict[str, float]) -> float:
+    """The first of a task's metrics that was measured, higher being better."""
+    metric = next(m for m in (*task(name).metrics, LOSS) if m.name in scores)
+    return scores[metric.name] if metric.higher else -scores[metric.name]
 
 
 def items(name: str, rows: list[dict[str, Any]]) -> list[Item]:
@@ -84,13 +102,14 @@ class Words:
         """The ids of an answer, with what ends it."""
         return self._template.response_ids(item.instruction if self.chat else item.prompt, text)
 
-    def training_row(self, item: Item, max_length: int) -> dict[str, list[int]] | None:
-        """Ids and labels; the response is cut at `max_length`, and a prompt that leaves it no room gives None."""
+    def training_row(self, item: Item, max_length: int) -> tuple[dict[str, list[int]] | None, bool]:
+        """Ids and labels, None where the prompt leaves no room; and whether the response was cut at `max_length`."""
         prompt, response = self.prompt(item), self.response(item, item.response)
         room = max_length - len(prompt)
         if room < 1:
-            return None
-        return {"input_ids": prompt + response[:room], "labels": [-100] * len(prompt) + response[:room]}
+            return None, False
+        row = {"input_ids": prompt + response[:room], "labels": [-100] * len(prompt) + response[:room]}
+        return row, len(response) > room
 
 
 def evaluate(
@@ -114,7 +133,7 @@ def evaluate(
         scores["loss"] = mean_loss(model, words, examples, collator, setup)
     if examples[0].rejected is not None:
         scores |= preference(model, words, examples, collator, setup)
-    judge = make_judge(how.judge) if found.kind == "free" else None
+    judge = make_judge(how.judge) if WIN_RATE in found.metrics else None
     if (found.kind != "free" and how.generate) or judge is not None:
         answers = scoring.generate(
             model,
@@ -126,7 +145,7 @@ def evaluate(
         )
         if judge is not None:
             asked, references = [i.instruction for i in examples], [str(i.gold) for i in examples]
-            scores["win_rate"] = win_rate(judge, asked, answers, references)
+            scores |= win_rate(judge, asked, answers, references)
         else:
             scored = [right(found.kind, a, i.gold) for a, i in zip(answers, examples, strict=True)]
             scores["accuracy"] = sum(scored) / len(scored)

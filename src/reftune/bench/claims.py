@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock
@@ -29,7 +29,7 @@ class Claims:
     def __init__(self, directory: Path, *, stale: float = 300.0, beat: float = BEAT) -> None:
         self.directory, self.stale, self.beat = directory, stale, beat
         directory.mkdir(parents=True, exist_ok=True)
-        self.owner = {"host": platform.node(), "pid": os.getpid(), "token": uuid.uuid4().hex}
+        self.owner = {"host": _place(), "pid": os.getpid(), "token": uuid.uuid4().hex}
 
     @contextmanager
     def take(self, name: str) -> Iterator[bool]:
@@ -76,9 +76,11 @@ class Claims:
 
     def _keep(self, path: Path, done: threading.Event) -> None:
         while not done.wait(self.beat):
-            if self._read(path) != self.owner:  # taken over while this process was stopped
+            found = self._read(path)
+            if found is not None and found != self.owner:  # taken over while this process was stopped
                 return
-            os.utime(path)
+            with suppress(OSError):  # a network file system may fail once
+                os.utime(path)
 
     def _read(self, path: Path) -> dict[str, object] | None:
         try:
@@ -89,6 +91,13 @@ class Claims:
 
     def _lock(self) -> FileLock:
         return FileLock(self.directory / ".lock")
+
+
+def _place() -> str:
+    """Where a process number means something: the machine, and on Linux the namespace of its processes."""
+    with suppress(OSError):
+        return f"{platform.node()} {os.readlink('/proc/self/ns/pid')}"
+    return platform.node()
 
 
 def _alive(pid: int) -> bool:

@@ -1,9 +1,13 @@
 """GLUE on an encoder (or any sequence classifier): train head and method, predict, score with the task's metrics."""
 
+import os
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
 
 from .methods import Counts
 from .metrics import glue_scores
@@ -27,13 +31,16 @@ def run(setup: Setup) -> Result:
     head = head_modules(model)
     rows = encode(setup.parts[name].train, found, tokenizer, setup.train.max_length)
     collator = Collator(tokenizer)
-    model, counts, fitted = train_method(setup, model, rows, collator, head)
-    begun, cpu = time.perf_counter(), time.process_time()
     batch, bf16 = setup.scoring.batch_size, setup.train.bf16
     parts = setup.parts[name]
-    selection = evaluate(
-        model, encode(parts.select, found, tokenizer, setup.train.max_length), found, collator, batch, bf16
-    )
+    held = encode(parts.select, found, tokenizer, setup.train.max_length)
+    best = BestEpoch(lambda made: evaluate(made, held, found, collator, batch, bf16)[found.metrics[0].name], setup.work)
+    keeping = setup.train.keep == "best"
+    model, counts, fitted = train_method(setup, model, rows, collator, head, [best] if keeping else [])
+    if keeping:
+        best.restore(model)
+    begun, cpu = time.perf_counter(), time.process_time()
+    selection = evaluate(model, held, found, collator, batch, bf16)
     metrics: dict[str, dict[str, float]] = {}
     if job.stage == "final":
         test = encode(parts.test, found, tokenizer, setup.train.max_length)
@@ -45,6 +52,37 @@ def run(setup: Setup) -> Result:
     }
     score = {"score": selection[found.metrics[0].name], **selection}
     return counts, fitted, metrics, score, seconds
+
+
+class BestEpoch(TrainerCallback):
+    """Keeps what was trained as it was after the epoch with the highest score (the earliest of equals).
+
+    The copy is a file in `place`, so that a run which goes on from a checkpoint has it too.
+    """
+
+    def __init__(self, score: Callable[[Any], float], place: Path) -> None:
+        self.score, self.file = score, place / "best.pt"
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        model = kwargs["model"]
+        score = self.score(model)
+        model.train()
+        if self.file.is_file() and torch.load(self.file)["score"] >= score:
+            return
+        trained = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        work = self.file.with_suffix(".tmp")
+        torch.save({"score": score, "trained": trained}, work)
+        os.replace(work, self.file)
+
+    def restore(self, model: Any) -> None:
+        """Put the kept numbers back."""
+        kept = torch.load(self.file)["trained"]
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name in kept:
+                    parameter.copy_(kept[name])
+        self.file.unlink()
 
 
 class Collator:

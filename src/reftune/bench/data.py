@@ -73,8 +73,13 @@ def split(task: Task, rows: Rows, *, seed: int, train: int | None, select: int |
     """Share a task's rows out; None takes all there are (for `select` of a text task: a tenth of the training rows).
 
     GLUE: validation halved by `seed`, 1,000 rows for selection if it has over 5,000, the rest is the test (the paper's
-    protocol). Text tasks: selection rows are held out of train, the test is `test`, else `validation`.
+    protocol). Text tasks: selection rows are held out of train, the test is `test`, else `validation`. Raises
+    ValueError for a task without the rows it needs.
     """
+    wanted = ("train", "validation") if isinstance(task, PairTask) else ("train",) if task.trains else ()
+    lacking = [name for name in wanted if not rows.get(name)]
+    if lacking:
+        raise ValueError(f"{task.name} needs rows in {' and '.join(lacking)}, but has {', '.join(rows) or 'none'}.")
     if isinstance(task, PairTask):
         dev = _shuffled(rows["validation"], seed)
         cut = 1000 if len(dev) > 5000 else len(dev) // 2
@@ -83,6 +88,8 @@ def split(task: Task, rows: Rows, *, seed: int, train: int | None, select: int |
     rest = _shuffled(rows.get("train", []))
     if not evaluated:  # a hub set of one split, such as Alpaca's
         evaluated, rest = rest[: len(rest) // 20], rest[len(rest) // 20 :]
+    if not evaluated:
+        raise ValueError(f"{task.name} has no rows to be tested on: it needs a test or a validation split.")
     held = len(rest) // 10 if select is None else min(select, len(rest) // 2)
     return Parts(_first(rest[held:], train), rest[:held], _first(_shuffled(evaluated), test))
 
@@ -118,18 +125,25 @@ def _from_hub(task: Task) -> Rows:
     hub = task.hub
     found: Rows = {}
     for ours, theirs in hub.splits.items():
-        read = (hub.row(row) for row in datasets.load_dataset(hub.path, hub.config, split=theirs))
-        found[ours] = [row for row in read if row is not None]
+        if hub.file is None:
+            raw = datasets.load_dataset(hub.path, hub.config, split=theirs)
+        else:
+            raw = datasets.load_dataset("json", data_files=f"hf://datasets/{hub.path}/{hub.file}", split=theirs)
+        found[ours] = [row for row in map(hub.row, raw) if row is not None]
     return found
 
 
 def _storycloze(place: Path) -> Rows:
-    """The authors' CSV files: the one with "val" in its name is trained on, the one with "test" evaluated (if any)."""
+    """The authors' CSV files: those with "val" in their names are trained on, the others evaluated (if any).
+
+    A file without the column of right endings, as the authors' later tests, cannot be scored and is left out.
+    """
     rows: Rows = {}
     for path in sorted(place.glob("*.csv")):
         with path.open(encoding="utf-8", newline="") as file:
             read = list(csv.DictReader(file))
-        rows["train" if "val" in path.name.lower() else "test"] = [_story(row) for row in read]
+        if read and "AnswerRightEnding" in read[0]:
+            rows.setdefault("train" if "val" in path.name.lower() else "test", []).extend(map(_story, read))
     if rows.get("train") and not rows.get("test"):
         whole = _shuffled(rows["train"])
         rows = {"train": whole[: len(whole) // 2], "test": whole[len(whole) // 2 :]}

@@ -16,7 +16,8 @@ from typing import Any, Literal
 
 from reftune.train.recipe_file import RecipeError, from_dict
 
-from .methods import Method, resolve
+from .checks import check_methods, check_values
+from .methods import REFT_KINDS, Method, rates, resolve
 from .tasks import SUITES, task
 
 
@@ -49,6 +50,7 @@ class BudgetSection:
     max_length: int = 512
     bf16: bool = False  # autocast, in training and evaluation
     checkpoint_steps: int | None = None  # a run that was cut off goes on from its last checkpoint; null: starts anew
+    keep: Literal["last", "best"] = "last"  # GLUE: the epoch with the best score on the selection rows, as the paper
 
 
 @dataclass
@@ -90,7 +92,8 @@ class Grid:
     sweep: SweepSection = field(default_factory=SweepSection)
     scoring: ScoringSection = field(default_factory=ScoringSection)
     reft: dict[str, Any] = field(default_factory=dict)  # settings of all low-rank ReFT kinds
-    per_task: dict[str, Any] = field(default_factory=dict)  # task: {lrs:, train: {...}, and ReFT settings}
+    # task: {train: {...} for all methods; lrs: and settings of the ReFT kinds}; for suites that train once a task
+    per_task: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,8 @@ def load_grid(source: str | Path | Mapping[str, Any], overrides: Mapping[str, An
     for name, value in (overrides or {}).items():
         part, keys = content, name.split(".")
         for key in keys[:-1]:
+            if not isinstance(part.get(key) or {}, Mapping):
+                raise RecipeError(f"{name} cannot be set: {key} has no keys, it is {part[key]!r}.")
             part[key] = dict(part.get(key) or {})
             part = part[key]
         part[keys[-1]] = value
@@ -153,9 +158,13 @@ def load_grid(source: str | Path | Mapping[str, Any], overrides: Mapping[str, An
             raise RecipeError(f"The task {name} is of the suite {task(name).suite}, and this grid is {grid.suite}'s.")
     if not grid.seeds or not grid.methods or grid.tasks == []:
         raise RecipeError("A grid needs at least one seed, one method and one task.")
+    for name, values in (("seeds", grid.seeds), ("tasks", grid.tasks or []), ("train_tasks", grid.train_tasks or [])):
+        if len(set(values)) < len(values):
+            raise RecipeError(f"{name} names something twice: {values}.")
+    check_values(grid)
     if grid.suite == "glue" and any(resolve(m, "glue", grid.reft).method == "base" for m in grid.methods):
         raise RecipeError("The untouched base has no head for GLUE, so it has no score there: use probe instead.")
-    jobs(grid)
+    check_methods({json.dumps(j.method.to_dict(), sort_keys=True, default=str): j for j in jobs(grid)}.values())
     return grid
 
 
@@ -206,14 +215,16 @@ def _methods(grid: Grid, evaluated: tuple[str, ...]) -> list[tuple[Method, dict[
     """The methods as they run on these tasks, each with its settings; `per_task` speaks to single tasks only."""
     own = dict(grid.per_task.get(evaluated[0]) or {}) if len(evaluated) == 1 else {}
     lrs, budget = own.pop("lrs", None), own.pop("train", {})
+    if not isinstance(budget, Mapping):
+        raise RecipeError(f"per_task.{evaluated[0]}.train must be keys with values, but is {budget!r}.")
     _known(BudgetSection, budget, "per_task.train")
     found = []
     for entry in grid.methods:
         method = resolve(entry, grid.suite, grid.reft | own)
-        if lrs is not None and method.method not in ("base",) and not (isinstance(entry, Mapping) and "lrs" in entry):
-            method = dataclasses.replace(method, lrs=tuple(map(float, lrs)))
+        if lrs is not None and method.method in REFT_KINDS and not (isinstance(entry, Mapping) and "lrs" in entry):
+            method = dataclasses.replace(method, lrs=rates(lrs, f"per_task.{evaluated[0]}"))
         _known(BudgetSection, method.train, f"train of {method.name}")
-        train = dataclasses.asdict(grid.train) | budget | method.train
+        train = dataclasses.asdict(grid.train) | dict(budget) | method.train
         settings = {
             "dtype": grid.dtype,
             "template": grid.template,

@@ -4,7 +4,8 @@
     RewardJudge("path/of/a/reward/model")                                       # a local sequence classifier, 1 output
 
 `win_rate(judge, instructions, answers, references)` is the mean of 1 for a win, 1/2 for a tie or for verdicts that
-change with the order, 0 for a loss.
+change with the order, 0 for a loss. A reply without a verdict is asked for once more, then counts as a tie; when over a
+tenth of the replies are such, there is no win rate but an error.
 """
 
 import json
@@ -31,6 +32,10 @@ rather have received, for being helpful, correct and to the point. Length alone 
 Reply with one word: A, B, or tie."""
 
 
+class UnreadableError(ValueError):
+    """A judge's reply that names no verdict, or several."""
+
+
 class Judge(Protocol):
     """Says which of two answers is better."""
 
@@ -50,7 +55,8 @@ class EndpointJudge:
         retries: attempts after errors 429 and 5xx and broken connections, with pauses that double from `pause` seconds.
 
     Raises:
-        ValueError: the key is missing, or an answer of the endpoint holds no verdict.
+        ValueError: the key is missing, the endpoint refuses a request, or its reply is not a chat completion's.
+        UnreadableError: two replies in a row hold no verdict.
         ConnectionError: the endpoint did not answer after all attempts.
     """
 
@@ -74,7 +80,17 @@ class EndpointJudge:
         """1.0 if `a` is better, 0.0 if `b` is, 0.5 for a tie."""
         content = PROMPT.format(instruction=instruction, a=a, b=b)
         body = {"model": self.model, "temperature": 0, "messages": [{"role": "user", "content": content}]}
-        return verdict(self._ask(body)["choices"][0]["message"]["content"])
+        try:
+            return verdict(self._words(body))
+        except UnreadableError:
+            return verdict(self._words(body | {"temperature": 1}))  # at 0 it would say the same again
+
+    def _words(self, body: Mapping[str, Any]) -> str:
+        reply = self._ask(body)
+        try:
+            return str(reply["choices"][0]["message"]["content"])
+        except (KeyError, IndexError, TypeError) as error:
+            raise ValueError(f"The judge at {self.url} gave no chat completion: {str(reply)[:200]}") from error
 
     def _ask(self, body: Mapping[str, Any]) -> Any:
         headers = {"Content-Type": "application/json"}
@@ -103,26 +119,29 @@ class RewardJudge:
     """
 
     def __init__(self, model: str, *, max_length: int = 1024) -> None:
+        import torch
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         self.name, self.max_length = model, max_length
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         self.model = AutoModelForSequenceClassification.from_pretrained(model).eval()
-        if self.model.config.num_labels != 1:
-            raise ValueError(f"{model} has {self.model.config.num_labels} outputs; a reward model has one.")
+        _one_output(model, self.model.config)
+        if torch.accelerator.is_available():
+            self.model.to(torch.accelerator.current_accelerator())
 
     def reward(self, instruction: str, answer: str) -> float:
         """The model's score of an answer."""
         import torch
 
         turns = [{"role": "user", "content": instruction}, {"role": "assistant", "content": answer}]
-        if getattr(self.tokenizer, "chat_template", None):
-            texts: Any = (self.tokenizer.apply_chat_template(turns, tokenize=False),)
+        how: dict[str, Any] = {"return_tensors": "pt", "truncation": True, "max_length": self.max_length}
+        if getattr(self.tokenizer, "chat_template", None):  # which writes the special tokens itself
+            text = self.tokenizer.apply_chat_template(turns, tokenize=False)
+            inputs = self.tokenizer(text, add_special_tokens=False, **how)
         else:
-            texts = (instruction, answer)
-        inputs = self.tokenizer(*texts, return_tensors="pt", truncation=True, max_length=self.max_length)
+            inputs = self.tokenizer(instruction, answer, **how)
         with torch.no_grad():
-            return float(self.model(**inputs).logits[0, 0])
+            return float(self.model(**inputs.to(self.model.device)).logits[0, 0])
 
     def prefers(self, instruction: str, a: str, b: str) -> float:
         """1.0 if `a` is better, 0.0 if `b` is, 0.5 for a tie."""
@@ -131,20 +150,65 @@ class RewardJudge:
 
 
 def verdict(text: str) -> float:
-    """1.0, 0.0 or 0.5 of a judge's words: the first A, B or tie that stands alone."""
-    found = re.search(r"\b(A|B|[Tt]ie|TIE)\b", text)
-    if not found:
-        raise ValueError(f"The judge's reply names neither A, B nor tie: {text[:200]!r}.")
-    return {"A": 1.0, "B": 0.0}.get(found[1], 0.5)
+    """1.0, 0.0 or 0.5 of a judge's words, without what it thought aloud.
+
+    A reply that is A, B or tie alone is that; else what stands at the end after a colon or on a line of its own; else
+    the one that the text names. Raises UnreadableError for none or several.
+    """
+    said = re.sub(r"<think>.*?(</think>|$)", "", text, flags=re.DOTALL).strip()
+    last = re.search(r"(?:^|[:\n])[\W_]*(a|b|tie)[\W_]*$", said, flags=re.IGNORECASE)
+    named = {word.upper() for word in re.findall(r"\b(?:A(?! tie)|B|[Tt]ie|TIE)\b", said)}
+    if last:
+        named = {last[1].upper()}
+    if len(named) != 1:
+        raise UnreadableError(
+            f"The judge's reply names {'neither A, B nor' if not named else 'several of A, B and'} tie: {text[:200]!r}."
+        )
+    return {"A": 1.0, "B": 0.0}.get(named.pop(), 0.5)
 
 
-def win_rate(judge: Judge, instructions: Sequence[str], answers: Sequence[str], references: Sequence[str]) -> float:
-    """The mean verdict over both orders, so that a judge's taste for the first place cancels."""
-    total = 0.0
+def win_rate(
+    judge: Judge, instructions: Sequence[str], answers: Sequence[str], references: Sequence[str]
+) -> dict[str, float]:
+    """{"win_rate": the mean verdict over both orders, so that a judge's taste for the first place cancels}.
+
+    Where replies were unreadable there is "unreadable" too, their share, and they count as ties. Raises UnreadableError
+    if they are more than a tenth.
+    """
+    verdicts: list[float] = []
+    lost: list[UnreadableError] = []
+
+    def ask(instruction: str, a: str, b: str) -> float:
+        try:
+            return judge.prefers(instruction, a, b)
+        except UnreadableError as error:
+            lost.append(error)
+            if len(lost) > max(2, 0.2 * len(answers)):  # of two verdicts an answer, a tenth
+                raise UnreadableError(
+                    f"{len(lost)} of {len(verdicts)} replies had no verdict; the last: {error}"
+                ) from error
+            return 0.5
+
     for instruction, answer, reference in zip(instructions, answers, references, strict=True):
-        total += judge.prefers(instruction, answer, reference) / 2
-        total += (1 - judge.prefers(instruction, reference, answer)) / 2
-    return total / len(answers)
+        verdicts.append(ask(instruction, answer, reference))
+        verdicts.append(1 - ask(instruction, reference, answer))
+    found = {"win_rate": sum(verdicts) / len(verdicts)}
+    return found | ({"unreadable": len(lost) / len(verdicts)} if lost else {})
+
+
+def check_judge(settings: Mapping[str, Any] | None) -> None:
+    """Raise what `make_judge` would, without loading a reward model: to be called before hours of training."""
+    if settings is None or "reward_model" not in settings:
+        make_judge(settings)
+        return
+    from transformers import AutoConfig
+
+    _one_output(str(settings["reward_model"]), AutoConfig.from_pretrained(settings["reward_model"]))
+
+
+def _one_output(name: str, config: Any) -> None:
+    if config.num_labels != 1:
+        raise ValueError(f"{name} has {config.num_labels} outputs; a reward model has one.")
 
 
 def make_judge(settings: Mapping[str, Any] | None) -> Judge | None:

@@ -32,8 +32,7 @@ class ReftLM(HFLM):
         if isinstance(pretrained, str) and (loaded := _ours(pretrained, kwargs.get("dtype"))) is not None:
             pretrained, own = loaded
             tokenizer = tokenizer if tokenizer is not None else own
-            device = torch.device(kwargs.get("device") or "cpu")
-            pretrained.to(device if device.type != "cuda" or torch.cuda.is_available() else "cpu")
+            pretrained.to(_device(kwargs.get("device")))
         if peft is not None and not isinstance(pretrained, str):
             from peft import PeftModel
 
@@ -97,6 +96,15 @@ def _score(scores: torch.Tensor, continuation: list[int]) -> tuple[float, bool]:
     tokens = torch.tensor(continuation[-len(scores) :], device=scores.device)
     each = scores.gather(1, tokens.unsqueeze(1))
     return float(each.sum()), bool((scores.argmax(-1) == tokens).all())
+
+
+def _device(wanted: str | None) -> torch.device:
+    """The one asked for, if it is there; where none is asked for, the accelerator, if there is one."""
+    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if wanted is None:
+        return here or torch.device("cpu")
+    device = torch.device(wanted)
+    return device if device.type == "cpu" or (here is not None and here.type == device.type) else torch.device("cpu")
 
 
 def _ours(name: str, dtype: Any) -> tuple[Any, Any] | None:

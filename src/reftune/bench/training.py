@@ -5,8 +5,9 @@ and what the frozen base makes unnecessary may be left out of a ReFT's steps (se
 rounding alone.
 """
 
-import shutil
+import dataclasses
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
+from reftune.train.resuming import last_whole_checkpoint
 from reftune.train.reuse import Store
 from reftune.train.trainer import ReusesFrozenBase
 
@@ -83,6 +84,14 @@ class _Clock(TrainerCallback):
         self.marks.append(time.perf_counter())
 
 
+class _NotAtTheEnd(TrainerCallback):
+    """No checkpoint after the last step: Trainer would go on from it with one step more."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_save = False
+
+
 class _Allocate(TrainerCallback):
     """AdaLoRA shares its ranks out anew after every optimiser step, while the gradients are still there."""
 
@@ -101,16 +110,20 @@ def fit(
     causal: bool,
     work: Path,
     kept: Store | None = None,
+    more_callbacks: Sequence[TrainerCallback] = (),
 ) -> Fit:
     """Train `model` in place.
 
-    `work` holds checkpoints, if any are written, and is removed at the end. `kept` holds what a causal model's runs
-    with ReFT share of the frozen base; None: nothing is reused.
+    `work` holds checkpoints, if any are written; a run goes on from the last whole one. `kept` holds what a causal
+    model's runs with ReFT share of the frozen base; None: nothing is reused.
     """
+    adaptive = getattr(model, "peft_type", None) == "ADALORA"
+    if adaptive:  # the ranks that it has pruned are of another shape than those it starts with: PEFT cannot go on
+        budget = dataclasses.replace(budget, checkpoint_steps=None)
     arguments = training_arguments(budget, lr=lr, seed=seed, work=work)
     clock = _Clock()
-    callbacks: list[TrainerCallback] = [clock]
-    if getattr(model, "peft_type", None) == "ADALORA":
+    callbacks: list[TrainerCallback] = [clock, _NotAtTheEnd(), *more_callbacks]
+    if adaptive:
         callbacks.append(_Allocate())
     trainer_class: Any = CausalTrainer if causal else Trainer
     more: dict[str, Any] = {}
@@ -120,11 +133,10 @@ def fit(
         model=model, args=arguments, train_dataset=rows, data_collator=collator, callbacks=callbacks, **more
     )
     _quiet(trainer)
-    checkpoint = get_last_checkpoint(str(work)) if budget.checkpoint_steps and work.is_dir() else None
+    checkpoint = last_whole_checkpoint(work) if budget.checkpoint_steps else None
     started, cpu = time.perf_counter(), time.process_time()
-    outcome = trainer.train(resume_from_checkpoint=checkpoint)
+    outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
-    shutil.rmtree(work, ignore_errors=True)
     gaps = sorted(b - a for a, b in zip(clock.marks, clock.marks[1:], strict=False))
     middle = gaps[len(gaps) // 2] if gaps else seconds / max(outcome.global_step, 1)
     model.eval()

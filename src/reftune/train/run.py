@@ -6,6 +6,7 @@ Writes into `output_dir`: the adapter, `recipe.yaml` (the recipe as it was resol
 """
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,11 +18,13 @@ from reftune.models import load_model
 from reftune.train.progress import ProgressCallback, first_step_table
 from reftune.train.recipe import Recipe
 from reftune.train.recipe_file import RecipeError, save_recipe
+from reftune.train.resuming import last_whole_checkpoint, steps_done
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What `train` made. size: bytes of the adapter's weights; loss: the mean training loss."""
+    """What `train` made. size: bytes of the adapter's weights; loss: the mean training loss, or of a run
+    that was resumed at its end the last one logged."""
 
     output_dir: Path
     size: int
@@ -82,11 +85,15 @@ def train(
     _quiet(trainer)
     save_recipe(recipe, output_dir / "recipe.yaml")
     with _no_cache(base):
-        outcome = trainer.train(resume_from_checkpoint=checkpoint)
+        if checkpoint and recipe.train.max_steps and (steps_done(checkpoint) or 0) >= recipe.train.max_steps:
+            say(f"Its {recipe.train.max_steps} steps are done: nothing is left to train.")  # Trainer would do one more
+            loss = _load(model, checkpoint)
+        else:
+            loss = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).training_loss
         trainer.save_model(str(output_dir))
     size = sum(path.stat().st_size for path in output_dir.glob("adapter_model.*"))
     model.eval()
-    return TrainResult(output_dir, size, outcome.training_loss, model, tokenizer, template)
+    return TrainResult(output_dir, size, loss, model, tokenizer, template)
 
 
 def reft_config(recipe: Recipe) -> Any:
@@ -164,22 +171,29 @@ def _counted(rows: TokenizedRows, source: str) -> str:
     return ", ".join(words)
 
 
-def _checkpoint(recipe: Recipe, output_dir: Path, say: Callable[[Any], None]) -> str | None:
+def _checkpoint(recipe: Recipe, output_dir: Path, say: Callable[[Any], None]) -> Path | None:
     """The checkpoint to go on from, or None; refuses to mix a new run with an older one's checkpoints."""
-    from transformers.trainer_utils import get_last_checkpoint
-
     if recipe.train.resume and recipe.train.overwrite:
         raise RecipeError("train.resume goes on from a run and train.overwrite discards it: set one of them.")
-    last = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
+    last = last_whole_checkpoint(output_dir)
     if recipe.train.resume:
         say(f"Resuming from {last}" if last else f"No checkpoint in {output_dir} to resume from: starting anew.")
         return last
     if last and not recipe.train.overwrite:
         raise RecipeError(
-            f"{output_dir} holds checkpoints of an earlier run ({Path(last).name}). Set train.resume: true to go on "
+            f"{output_dir} holds checkpoints of an earlier run ({last.name}). Set train.resume: true to go on "
             "from there, train.overwrite: true to train anew, or another train.output_dir."
         )
     return None
+
+
+def _load(model: Any, checkpoint: Path) -> float:
+    """Put a checkpoint's adapter into the model; returns the last loss that was logged."""
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    set_peft_model_state_dict(model, load_peft_weights(str(checkpoint), device="cpu"))
+    logged = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    return float(next((entry["loss"] for entry in reversed(logged) if "loss" in entry), float("nan")))
 
 
 def printer() -> Callable[[Any], None]:

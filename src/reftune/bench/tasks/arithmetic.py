@@ -52,6 +52,10 @@ def _svamp(r: Row) -> dict[str, Any]:
     return {"question": question, "solution": r["Equation"], "answer": float(r["Answer"])}
 
 
+def _mawps(r: Row) -> dict[str, Any]:
+    return {"question": r["question"].strip(), "solution": r["equation"], "answer": float(r["result_float"])}
+
+
 _TEST = {"train": "train", "test": "test"}
 _HUB = {
     "gsm8k": Hub("openai/gsm8k", "main", _TEST, _gsm8k),
@@ -62,6 +66,8 @@ _HUB = {
         _TEST,
         lambda r: {"question": r["question"].strip(), "solution": None, "answer": float(r["final_ans"])},
     ),
+    # the default configuration: without the training rows that nearly repeat rows of the test
+    "mawps": Hub("MU-NLPC/Calc-mawps", "default", _TEST | {"validation": "validation"}, _mawps),
     "aqua": Hub("deepmind/aqua_rat", "raw", _TEST | {"validation": "validation"}, _aqua),
 }
 _NUMBERS = ("addsub", "multiarith", "singleop", "singleeq", "mawps", "svamp", "gsm8k")

@@ -31,12 +31,16 @@ class Item:
 
 @dataclass(frozen=True)
 class Hub:
-    """Where the hub keeps a task: a data set, its configuration, our split names for its own, and its rows as ours."""
+    """Where the hub keeps a task: a data set, its configuration, our split names for its own, and its rows as ours.
+
+    `file` names a JSON file of the data set that is read instead of its splits.
+    """
 
     path: str
     config: str | None
     splits: Mapping[str, str]
     row: Callable[[Row], dict[str, Any] | None]  # None leaves the row out
+    file: str | None = None
 
 
 @dataclass(frozen=True)

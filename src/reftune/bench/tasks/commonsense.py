@@ -10,21 +10,21 @@ from ..metrics import TRIGGER
 from .base import ACCURACY, ACCURACY_LL, LOSS, Hub, Item, Row, TextTask
 
 
-def _item(lead: str, row: Row, labels: tuple[str, ...], options: str) -> Item:
-    instruction = f"{lead}{options}\n\nAnswer format: {'/'.join(labels)}"
+def _item(lead: str, row: Row, labels: tuple[str, ...], options: str, end: str = "\n\n") -> Item:
+    instruction = f"{lead}{options}{end}Answer format: {'/'.join(labels)}"
     index = int(row["answer"])
     choices = tuple(TRIGGER + label for label in labels)
     return Item(instruction + "\n", instruction, choices[index], labels[index], choices, index)
 
 
-def _choose(lead: str, word: str, between: str = " ") -> Any:
-    """A reader of rows for one wording: "Answer1: ... Answer2: ..." with `word` for Answer."""
+def _choose(lead: str, word: str, between: str = " ", end: str = "\n\n") -> Any:
+    """A reader of rows for one wording: "Answer1: ... Answer2: ..." with `word` for Answer, `end` after the last."""
 
     def read(row: Row) -> Item:
         question = f"{row['context']} {row['question']}".strip() if row.get("context") else row["question"]
         labels = tuple(f"{word}{i + 1}" for i in range(len(row["choices"])))
         texts = between.join(f"{word.capitalize()}{i + 1}: {text}" for i, text in enumerate(row["choices"]))
-        return _item(lead + question, row, labels, "\n\n" + texts)
+        return _item(lead + question, row, labels, "\n\n" + texts, end)
 
     return read
 
@@ -100,7 +100,7 @@ _READ = {
     "piqa": _choose(_SOLUTION, "solution", "\n\n"),
     "siqa": _choose(_QUESTION, "answer"),
     "hellaswag": _choose(_ENDING, "ending"),
-    "winogrande": _choose(_BLANK, "option"),
+    "winogrande": _choose(_BLANK, "option", end=" "),
     "arc_easy": _choose(_QUESTION, "answer"),
     "arc_challenge": _choose(_QUESTION, "answer"),
     "openbookqa": _choose(_QUESTION, "answer"),

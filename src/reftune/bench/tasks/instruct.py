@@ -34,6 +34,10 @@ def _plain(r: Row) -> dict[str, Any]:
     return {"instruction": r["instruction"], "input": r["input"], "output": r["output"]}
 
 
+def _asked(r: Row) -> dict[str, Any]:
+    return {"instruction": r["instruction"], "input": "", "output": r["output"]}
+
+
 def _binarized(r: Row) -> dict[str, Any]:
     return {"prompt": r["prompt"], "chosen": r["chosen"][-1]["content"], "rejected": r["rejected"][-1]["content"]}
 
@@ -57,5 +61,13 @@ TASKS = [
         (*MARGIN, WIN_RATE),
         hub=Hub("HuggingFaceH4/ultrafeedback_binarized", None, _PREFS, _binarized),
     ),
-    TextTask("alpaca_eval", "instruct", "free", _instruction, (WIN_RATE, LOSS), trains=False),
+    TextTask(
+        "alpaca_eval",
+        "instruct",
+        "free",
+        _instruction,
+        (WIN_RATE, LOSS),
+        trains=False,
+        hub=Hub("tatsu-lab/alpaca_eval", None, {"test": "train"}, _asked, "alpaca_eval.json"),
+    ),
 ]

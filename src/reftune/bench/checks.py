@@ -1,0 +1,107 @@
+"""What is wrong with a grid, said before hours of training: values, settings of methods, data, packages, the judge.
+
+check_values(grid); check_methods(jobs(grid))      # by `load_grid`
+check_grounds(grid, folder)                        # by `run_grid`, which alone needs the data and the judge
+"""
+
+import importlib.util
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from reftune.train.recipe_file import RecipeError
+
+from .data import load_rows, split
+from .judge import check_judge
+from .methods import configuration
+from .tasks import SUITES, task
+from .tasks.instruct import WIN_RATE
+
+if TYPE_CHECKING:
+    from .grid import Grid, Job
+
+# the least that a number may be
+_LEAST: dict[str, dict[str, float]] = {
+    "train": {
+        **{"steps": 1, "batch_size": 1, "gradient_accumulation_steps": 1, "max_length": 2, "checkpoint_steps": 1},
+        **{"epochs": 1e-9, "warmup": 0, "weight_decay": 0, "max_grad_norm": 0},
+    },
+    "rows": {"train": 1, "select": 1, "test": 1},
+    "sweep": {"steps": 1},
+    "scoring": {"batch_size": 1, "max_new_tokens": 1},
+}
+
+
+def check_values(grid: "Grid") -> None:
+    """Raise RecipeError for a value that no run could use."""
+    for section in _LEAST:
+        _least(section, vars(getattr(grid, section)))
+    _budget("train", vars(grid.train), grid)
+    _names(grid)
+    _per_task(grid)
+
+
+def _least(section: str, values: Mapping[str, Any], where: str | None = None) -> None:
+    for key, least in _LEAST[section].items():
+        value = values.get(key)
+        if value is not None and value < least:
+            said = f"at least {least:g}" if least in (0, 1, 2) else "above 0"
+            raise RecipeError(f"{where or section}.{key} must be {said}, but is {value!r}.")
+
+
+def _budget(where: str, values: Mapping[str, Any], grid: "Grid") -> None:
+    from transformers import SchedulerType
+
+    known = [kind.value for kind in SchedulerType]
+    if values["lr_scheduler"] not in known:
+        raise RecipeError(f"{where}.lr_scheduler {values['lr_scheduler']!r} is none of {', '.join(known)}.")
+    if values["keep"] == "best" and grid.suite != "glue":
+        raise RecipeError(f"{where}.keep: best is for GLUE, whose selection rows have a score after every epoch.")
+
+
+def _names(grid: "Grid") -> None:
+    import torch
+    from transformers import GenerationConfig
+
+    if grid.dtype is not None and not isinstance(getattr(torch, grid.dtype, None), torch.dtype):
+        raise RecipeError(f"dtype {grid.dtype!r} is no dtype of torch, such as float32 or bfloat16.")
+    unknown = set(grid.scoring.generation) - set(vars(GenerationConfig()))
+    if unknown:
+        raise RecipeError(f"scoring.generation: {', '.join(sorted(unknown))} is no argument of transformers' generate.")
+
+
+def _per_task(grid: "Grid") -> None:
+    if not grid.per_task:
+        return
+    if grid.suite != "glue" if grid.joint is None else grid.joint:
+        raise RecipeError("per_task is for suites that train once a task; here one training serves them all.")
+    for name, own in grid.per_task.items():
+        if name not in (grid.tasks or SUITES[grid.suite]):
+            raise RecipeError(f"per_task names {name}, which is not among the grid's tasks.")
+        if not isinstance(own, Mapping):
+            raise RecipeError(f"per_task.{name} must be keys with values, such as {{positions: f1}}, but is {own!r}.")
+
+
+def check_methods(found: "Iterable[Job]") -> None:
+    """Raise RecipeError for settings that a method's own config refuses, or a budget that is none."""
+    for job in found:
+        _least("train", job.settings["train"], f"train of {job.method.name}")
+        try:
+            configuration(job.method, head=["classifier"] if job.suite == "glue" else [], steps=100)
+        except (TypeError, ValueError) as error:
+            said = str(error).replace("__init__() got an unexpected keyword argument", "has no setting")
+            raise RecipeError(f"The method {job.method.name} ({job.task}): {said}") from error
+
+
+def check_grounds(grid: "Grid", folder: Path | None) -> None:
+    """Raise what would otherwise be raised after training: rows that are not there, a judge without its key ..."""
+    names = dict.fromkeys([*(grid.tasks or SUITES[grid.suite]), *(grid.train_tasks or ())])
+    if grid.suite == "glue":
+        for package in ("sklearn", "scipy"):
+            if importlib.util.find_spec(package) is None:
+                raise ImportError(f"GLUE's metrics need the package {package}: pip install 'reftune[bench]'.")
+    if grid.scoring.judge is not None and any(WIN_RATE in task(name).metrics for name in names):
+        check_judge(grid.scoring.judge)
+    for name in names:
+        rows = load_rows(task(name), folder)
+        split(task(name), rows, seed=0, train=grid.rows.train, select=grid.rows.select, test=grid.rows.test)

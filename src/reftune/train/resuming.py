@@ -1,0 +1,24 @@
+"""Checkpoints to go on from: the last that was written to its end, and the steps that it has behind it.
+
+    checkpoint = last_whole_checkpoint("runs/reft")      # None if there is none
+    steps_done(checkpoint)
+
+A process that is killed while it saves leaves a directory that Trainer would try, and fail, to resume from.
+"""
+
+import json
+from pathlib import Path
+
+
+def last_whole_checkpoint(directory: str | Path) -> Path | None:
+    """The checkpoint of the most steps whose `trainer_state.json`, which Trainer writes last, can be read."""
+    found = {steps: path for path in Path(directory).glob("checkpoint-*") if (steps := steps_done(path)) is not None}
+    return found[max(found)] if found else None
+
+
+def steps_done(checkpoint: str | Path) -> int | None:
+    """Optimiser steps behind a checkpoint; None if it is not whole."""
+    try:
+        return int(json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
