@@ -112,7 +112,21 @@ class DireftIntervention(_Add):
 
 @register_intervention("nodireft")
 class NodireftIntervention(_Add):
-    """NodiReFT, h + W₂ᵀ(W₁h + b) with nothing constrained: *the paper's DiReFT* (eq. 3). W₂ = R, W₁ = W."""
+    """NodiReFT, h + W₂ᵀ(W₁h + b) with nothing constrained: *the paper's DiReFT* (eq. 3). W₂ = R, W₁ = W.
+
+    Starts at R = 0, so that what is written is learned from the first step on, and W random: Δ = 0 with any act_fn.
+    From W = 0 only the reads would be learned at first, into r random directions (`docs/log.md` has both).
+    """
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if self.init_weights:
+            w, b = self._linear()
+            self.W.data.copy_(w)
+            self.R.data.zero_()
+
+    def _not_identity(self) -> None:
+        """It is: R = 0 writes nothing, whatever the source."""
 
 
 class _Constant(LowRankIntervention):
