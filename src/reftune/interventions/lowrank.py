@@ -121,8 +121,7 @@ class NodireftIntervention(_Add):
     def reset_parameters(self) -> None:
         super().reset_parameters()
         if self.init_weights:
-            w, b = self._linear()
-            self.W.data.copy_(w)
+            self.W.data.copy_(self._linear()[0])
             self.R.data.zero_()
 
     def _not_identity(self) -> None:
