@@ -19,7 +19,7 @@ class Server(HTTPServer):
     asked: list[dict[str, Any]]
     codes: list[int]
     keys: list[str | None]
-    reply: str
+    reply: str | None
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -85,7 +85,7 @@ def test_errors_of_an_endpoint(server: Server, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(UnreadableError, match="neither A, B nor tie"):
         judge(server).prefers("i", "a", "b")
     assert [call["temperature"] for call in server.asked] == [0, 1]  # asked twice
-    server.reply = None  # type: ignore[assignment]
+    server.reply = None
     with pytest.raises(UnreadableError):
         judge(server).prefers("i", "a", "b")
     monkeypatch.delenv("NO_KEY", raising=False)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tests.bench.places import environment, tiny_causal, tiny_data, tiny_encoder
+from transformers import TrainerState
 
 from reftune.bench import jobs, load_grid, run_grid
 from reftune.bench.progress import line, time_left, words
@@ -189,8 +190,12 @@ def test_the_best_epoch_is_kept(places: dict[str, str], tmp_path: Path, monkeypa
         torch.nn.init.constant_(model.weight, epoch)
         best.on_epoch_end(None, None, None, model=model)
         assert model.training
+    best.on_train_begin(None, TrainerState(global_step=2), None)  # goes on: the copy stays
     best.restore(model)
     assert model.weight.unique().tolist() == [1.0]
+    assert not list(tmp_path.glob("*"))
+    (tmp_path / "best.pt").write_bytes(b"of a killed run")
+    best.on_train_begin(None, TrainerState(global_step=0), None)
     assert not list(tmp_path.glob("*"))
 
     def value(keep: str) -> Any:

@@ -63,6 +63,10 @@ class BestEpoch(TrainerCallback):
     def __init__(self, score: Callable[[Any], float], place: Path) -> None:
         self.score, self.file = score, place / "best.pt"
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:  # what a killed run left, which wrote no checkpoint to go on from
+            self.file.unlink(missing_ok=True)
+
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model = kwargs["model"]
         score = self.score(model)
