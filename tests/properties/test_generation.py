@@ -9,6 +9,7 @@ from reference import greedy, logits
 from reftune import ReftConfig, get_reft_model
 from reftune.interventions import Intervention
 from reftune.positions import NoPromptError
+from reftune.tuner.caches import cache_name, cache_of
 
 EXPRESSIONS = ["f2+l2", "l2", "l1+gen", "all", "prompt+gen/2", "gen:2"]
 
@@ -29,6 +30,7 @@ def adapted(positions: str = "f2+l2", seed: int = 0, **settings):
     return model.eval()
 
 
+CACHE = cache_name(tiny_llama())  # as the installed transformers calls it
 PROMPTS = [[5, 9, 3, 77, 8, 41, 6, 12], [14, 2, 60]]
 
 
@@ -79,13 +81,13 @@ def test_right_padded_prompts(positions):
     position_ids = (mask.cumsum(1) - 1).clamp(min=0)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        out = model(ids, attention_mask=mask, position_ids=position_ids, past_key_values=cache)
+        out = model(ids, attention_mask=mask, position_ids=position_ids, **{CACHE: cache})
         token = torch.stack([out.logits[i, len(p) - 1].argmax() for i, p in enumerate(PROMPTS)])
         found = [token]
         for step in range(4):
             mask = torch.cat([mask, mask.new_ones(2, 1)], 1)
             place = torch.tensor([[len(p) + step] for p in PROMPTS])
-            out = model(token[:, None], attention_mask=mask, position_ids=place, past_key_values=cache)
+            out = model(token[:, None], attention_mask=mask, position_ids=place, **{CACHE: cache})
             token = out.logits[:, -1].argmax(-1)
             found.append(token)
     assert torch.stack(found, 1).tolist() == wanted(model, 5)
@@ -131,11 +133,11 @@ def test_continuing_from_a_cache(positions):
     model = adapted(positions)
     first = torch.tensor([PROMPTS[0]])
     cache = DynamicCache(config=model.config)
-    out = model.generate(first, attention_mask=torch.ones_like(first), past_key_values=cache, max_new_tokens=4,
+    out = model.generate(first, attention_mask=torch.ones_like(first), **{CACHE: cache}, max_new_tokens=4,
                          do_sample=False)  # fmt: skip
     second = torch.cat([out, torch.tensor([[33, 44, 55]])], 1)
     mask = torch.ones_like(second)
-    continued = model.generate(second, attention_mask=mask, past_key_values=cache, max_new_tokens=4, do_sample=False)
+    continued = model.generate(second, attention_mask=mask, **{CACHE: cache}, max_new_tokens=4, do_sample=False)
     assert continued.shape == (1, second.shape[1] + 4)
     if positions in ("f2", "all"):  # what the cache holds is what a fresh reading gives
         fresh = model.generate(second, attention_mask=mask, max_new_tokens=4, do_sample=False)
@@ -148,11 +150,11 @@ def test_decoding_by_hand_and_with_a_static_cache():
         ids = torch.tensor([PROMPTS[0]])
         found = []
         with torch.no_grad():
-            out = model(ids, past_key_values=cache, use_cache=True)
+            out = model(ids, **{CACHE: cache}, use_cache=True)
             for _ in range(5):
                 token = out.logits[:, -1:].argmax(-1)
                 found.append(int(token))
-                out = model(token, past_key_values=cache, use_cache=True)
+                out = model(token, **{CACHE: cache}, use_cache=True)
         assert found == greedy(model, PROMPTS[0], 5)[0]
 
 
@@ -161,7 +163,7 @@ def test_a_cache_made_by_the_model_remembers_the_prompt():
     with torch.no_grad():
         out = model(torch.tensor([PROMPTS[0]]), use_cache=True)
         first = int(out.logits[0, -1].argmax())
-        out = model(torch.tensor([[first]]), past_key_values=out.past_key_values)
+        out = model(torch.tensor([[first]]), **{CACHE: cache_of(out)})
     assert [first, int(out.logits[0, -1].argmax())] == greedy(model, PROMPTS[0], 2)[0]
 
 

@@ -12,6 +12,7 @@ from conftest import tiny_llama
 from families import FP32, tiny
 from reftune.train.reuse import DiskStore, MemoryStore, make_plan
 from reftune.train.reuse.check import check
+from reftune.tuner.caches import cache_name
 
 FAMILIES = ["llama", "qwen3", "gemma3_text", "gpt2", "mistral", "qwen3_next", "bloom", "gpt_oss", "mamba"]
 WHOLE_STATE = {"qwen3_next", "mamba"}
@@ -88,7 +89,7 @@ def test_only_the_window_is_computed() -> None:
         model(**prepared.inputs)
     assert ran.pop("model.layers.1.mlp", None) == ((1, 5) if FEWER else None)
     assert ran == {"model.layers.2.mlp": (1, 5), "lm_head": (1, 5)}
-    assert prepared.inputs["past_key_values"].get_seq_length() == 18
+    assert prepared.inputs[cache_name(model.get_base_model())].get_seq_length() == 18
     assert base.model.layers[0].__dict__.get("forward") is None
     assert not base.lm_head._forward_pre_hooks
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reftune.tuner.caches import cache_name, cache_of
+
 from .logits import labelled_logits, output_layer
 
 Ids = list[int]
@@ -60,7 +62,8 @@ def _batch_scores(model: Any, prompts: list[Ids], choices: list[list[Ids]], pad_
     count, device = len(choices[0]), model.device
     ids, mask = pad([*prompts], pad_id, left=True, device=device)
     output = model(input_ids=ids, attention_mask=mask, position_ids=_positions(mask), use_cache=True, logits_to_keep=1)
-    cache = output.past_key_values
+    cache = cache_of(output)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not hasattr(cache, "batch_repeat_interleave"):
         raise ValueError(f"{type(cache).__name__} cannot be repeated: score with continuation_scores instead.")
     cache.batch_repeat_interleave(count)
@@ -74,8 +77,8 @@ def _batch_scores(model: Any, prompts: list[Ids], choices: list[list[Ids]], pad_
             input_ids=tokens[:, :-1],
             attention_mask=whole,
             position_ids=_positions(whole)[:, mask.shape[1] :],
-            past_key_values=cache,
             use_cache=True,
+            **{str(cache_name(base)): cache},
         ).logits
         each = rest.float().log_softmax(-1).gather(2, tokens[:, 1:].unsqueeze(2)).squeeze(2)
         scores = scores + (each * real[:, 1:]).sum(1)

@@ -20,6 +20,7 @@ from ..interventions.choice import Choice
 from ..positions import parse
 from ..sites import Site
 from .batch import Batch, Inputs, Prompt, call_arguments
+from .caches import cache_among, cache_of
 from .mix import Mix
 
 ATTRIBUTE = "_reft_session"
@@ -156,7 +157,9 @@ class Session:
         if batch is None or output is None or batch.inputs.shape is None:
             return
         prompt = batch.prompt
-        cache = _cache(kwargs.get) or getattr(output, "past_key_values", None) or getattr(output, "cache_params", None)
+        cache = cache_among(kwargs.get)
+        if cache is None:
+            cache = cache_of(output)
         if prompt is None and cache is not None and batch.inputs.labels is None and batch.inputs.prompt_mask is None:
             prompt = Prompt(columns=batch.inputs.past + batch.inputs.shape[1])
             _remember(cache, prompt)
@@ -168,7 +171,7 @@ class Session:
     def _batch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], prompt_mask: Any) -> Batch:
         get = call_arguments(self._names(module), args, kwargs)
         state = self.state
-        ids, embeds, cache = get("input_ids"), get("inputs_embeds"), _cache(get)
+        ids, embeds, cache = get("input_ids"), get("inputs_embeds"), cache_among(get)
         tokens = ids if isinstance(ids, Tensor) and ids.dim() == 2 else embeds
         shape = (tokens.shape[0], tokens.shape[1]) if isinstance(tokens, Tensor) and tokens.dim() >= 2 else None
 
@@ -230,11 +233,6 @@ class Session:
     def _retract(self) -> None:
         """All R of the active adapters, put right in one batched call."""
         retract_all(module for name in self.names for module in self.interventions.get(name, ()))
-
-
-def _cache(get: Any) -> Any:
-    cache = get("past_key_values")
-    return cache if cache is not None else get("cache_params")
 
 
 def _past(cache: Any, prompt: Prompt | None, places: Any = None) -> int:

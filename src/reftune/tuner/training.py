@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..positions import parse
+from .caches import cache_among
 from .session import Session
 
 
@@ -34,7 +35,7 @@ def check_training(model: nn.Module, session: Session, kwargs: dict[str, Any]) -
             f"{', '.join(map(repr, session.names))} was loaded for inference or frozen. To train it on, load it with "
             "PeftModel.from_pretrained(..., is_trainable=True); else call model.eval() or use torch.no_grad()."
         )
-    read = kwargs.get("past_key_values") is not None or session.state.prompt is not None
+    read = cache_among(kwargs.get) is not None or session.state.prompt is not None
     if session.reads_labels and not told and not read and _needs_the_end(session):
         warnings.warn(
             "A training forward without labels and without prompt_mask: every token is taken for prompt, so positions "

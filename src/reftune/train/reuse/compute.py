@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from ...tuner.caches import cache_name
 from ...tuner.session import Session
 from .attention import attention_configs
 from .logits import only_rows
@@ -87,7 +88,7 @@ class Frozen:
             call["position_ids"] = places
         call = {name: tensor.to(device) for name, tensor in call.items()}
         if cache is not None:
-            call |= {"past_key_values": cache, "use_cache": True}
+            call |= {str(cache_name(self.base)): cache, "use_cache": True}
         self.base(**call)
 
     @contextmanager

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...tuner.caches import cache_name
 from .attention import packed
 from .compute import Frozen, takes
 from .fingerprint import entry_key, fingerprint, holders, versions
@@ -144,7 +145,7 @@ class Reuse:
             heads, states = self._kept(frozen, rows, depth, keep)
             if window.past:
                 heads = [{name: tensor.to(device) for name, tensor in entry.items()} for entry in heads]
-                call["past_key_values"] = head_cache(heads, [row.start for row in rows], len(frozen.blocks))
+                call[str(cache_name(base))] = head_cache(heads, [row.start for row in rows], len(frozen.blocks))
                 contexts.append(lambda: packed(frozen.attention))
             if depth:
                 width = window.input_ids.shape[1]

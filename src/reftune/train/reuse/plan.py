@@ -15,6 +15,7 @@ from torch import nn
 from ...interventions import Intervention
 from ...positions import parse
 from ...sites import find_blocks, number_ranges
+from ...tuner.caches import cache_name
 from ...tuner.layer import ReftLayer
 from ...tuner.session import ATTRIBUTE, Session
 
@@ -197,9 +198,7 @@ def _against_heads(base: Any, blocks: list[str], expressions: tuple[str, ...], s
         return "the intervention reads a whole prompt at once"
     if base.training and any(getattr(m, "gradient_checkpointing", False) for m in base.modules()):
         return "gradient checkpointing takes the cache away in training"
-    import inspect
-
-    if "past_key_values" not in inspect.signature(type(base).forward).parameters:
+    if cache_name(base) not in ("cache", "past_key_values"):
         return "the model has no cache of keys and values"
     text = base.config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
