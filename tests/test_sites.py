@@ -32,7 +32,7 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from reftune.sites import Site, find_blocks, find_sites, number_ranges, select_layers
+from reftune.sites import Site, Where, find_blocks, find_sites, number_ranges, select_layers
 
 _LLAMA = {
     "hidden_size": 16,
@@ -184,22 +184,23 @@ def test_blocks_are_found_by_structure(family: str) -> None:
     ]
 
 
+@pytest.mark.parametrize("where", ["output", "input"])
 @pytest.mark.parametrize("part", ["attention", "mlp"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_components_are_found_or_refused_with_the_children_that_would_do(family: str, part: str) -> None:
+def test_components_are_found_or_refused_with_the_children_that_would_do(family: str, part: str, where: Where) -> None:
     build, block, *parts = FAMILIES[family]
     model, name = build(), parts[part == "mlp"]
     if name is not None:
-        expected = Site(f"{block.format(2)}.{name}", "output", 2)
-        assert find_sites(model, 2, f"{part}_output") == [expected]
+        expected = Site(f"{block.format(2)}.{name}", where, 2)
+        assert find_sites(model, 2, f"{part}_{where}") == [expected]
         model.get_submodule(expected.path)
         return
-    with pytest.raises(ValueError, match=f"component='{part}_output': looked for the one child") as error:
-        find_sites(model, 2, f"{part}_output")
+    with pytest.raises(ValueError, match=f"component='{part}_{where}': looked for the one child") as error:
+        find_sites(model, 2, f"{part}_{where}")
     child = next(name for name, _ in model.get_submodule(block.format(2)).named_children())
-    candidate = f"{block.format(2)}.{child}.output"
+    candidate = f"{block.format(2)}.{child}.{where}"
     assert f"'{candidate}'" in str(error.value)
-    assert find_sites(model, 0, candidate) == [Site(f"{block.format(2)}.{child}", "output", 2)]
+    assert find_sites(model, 0, candidate) == [Site(f"{block.format(2)}.{child}", where, 2)]
 
 
 def test_the_inner_model_and_a_bare_one_will_do() -> None:

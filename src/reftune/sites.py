@@ -2,7 +2,8 @@
 
 A model's blocks are the `ModuleList` whose members can be gradient-checkpointed, or that the model names in
 `_no_split_modules` or `_can_record_outputs["hidden_states"]`: those of the decoder, or of the encoder of an
-encoder-decoder. A component is the block itself or the child that the block calls its attention or its feed-forward.
+encoder-decoder. A component is what goes into or comes out of the block, or of the child that it calls its attention or
+its feed-forward: in most models the input of those is what their norm has made of the residual stream.
 """
 
 import contextlib
@@ -15,7 +16,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-COMPONENTS = ("block_output", "block_input", "attention_output", "mlp_output")
+COMPONENTS = ("block_output", "block_input", "attention_output", "attention_input", "mlp_output", "mlp_input")
 Where = Literal["output", "input"]
 Layers = str | int | Sequence[int]
 
@@ -51,7 +52,7 @@ def find_sites(model: nn.Module, layers: Layers, component: str) -> list[Site]:
     if component not in COMPONENTS:
         return [_raw_site(model, component)]
     blocks = find_blocks(model)
-    where: Where = "input" if component == "block_input" else "output"
+    where: Where = "input" if component.endswith("_input") else "output"
     return [Site(_component(model, blocks[i], component), where, i) for i in select_layers(layers, len(blocks))]
 
 
@@ -147,8 +148,8 @@ def _block_lists(model: nn.Module, scope: nn.Module) -> list[nn.ModuleList]:
 
 
 _CHILD = {
-    "attention_output": re.compile(r"attn|attention", re.I),
-    "mlp_output": re.compile(r"mlp|feed_?forward|ffn|moe|dense_?relu_?dense|^ff$", re.I),
+    "attention": re.compile(r"attn|attention", re.I),
+    "mlp": re.compile(r"mlp|feed_?forward|ffn|moe|dense_?relu_?dense|^ff$", re.I),
 }
 _NOT_IT = re.compile(r"norm|drop|cross|enc_?dec|encoder_attn|gate$|scale", re.I)
 
@@ -157,7 +158,7 @@ def _component(model: nn.Module, block: str, component: str) -> str:
     if component.startswith("block"):
         return block
     module = model.get_submodule(block)
-    pattern = _CHILD[component]
+    pattern = _CHILD[component.split("_")[0]]
     found: list[str] = []
     # the shallowest child with such a name: "self_attn" before "self_attn.q_proj" or an attention inside an expert
     names = sorted((n for n, _ in module.named_modules() if n), key=lambda n: n.count("."))
@@ -168,11 +169,12 @@ def _component(model: nn.Module, block: str, component: str) -> str:
                 break
             found.append(name)
     if len(found) != 1:
-        children = ", ".join(f"'{block}.{n}.output'" for n, _ in module.named_children())
+        part, where = component.split("_")
+        children = ", ".join(f"'{block}.{n}.{where}'" for n, _ in module.named_children())
         what = "nothing" if not found else " and ".join(found)
         raise ValueError(
             f"component={component!r}: looked for the one child of '{block}' ({type(module).__name__}) that is its "
-            f"{component.split('_')[0]}, found {what}. Name it yourself, component=... one of: {children}."
+            f"{part}, found {what}. Name it yourself, component=... one of: {children}."
         )
     return f"{block}.{found[0]}"
 

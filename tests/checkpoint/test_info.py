@@ -51,14 +51,21 @@ def test_layers_are_in_their_natural_order(tmp_path: Path) -> None:
     assert describe(tmp_path).layers == "0-11"
 
 
+NAMES = {
+    "block_input": "model.layers.1.input",
+    "mlp_output": "model.layers.1.mlp.output",
+    "mlp_input": "model.layers.1.mlp.input",
+    "attention_input": "model.layers.1.self_attn.input",
+}
+
+
 @pytest.mark.parametrize("positions", ["f2+l2", "gen/64", "gen:3+all"])
-@pytest.mark.parametrize("component", ["block_input", "mlp_output", "model.layers[1].self_attn.o_proj.input"])
+@pytest.mark.parametrize("component", [*NAMES, "model.layers[1].self_attn.o_proj.input"])
 def test_every_position_and_component_is_read_back(tmp_path: Path, component: str, positions: str) -> None:
     found = describe(save(tmp_path, component=component, positions=positions, layers=1, share_weights=True))
     (site,) = found.sites
     assert site.positions == positions
-    names = {"block_input": "model.layers.1.input", "mlp_output": "model.layers.1.mlp.output"}
-    assert site.name == names.get(component, "model.layers.1.self_attn.o_proj.input")
+    assert site.name == NAMES.get(component, "model.layers.1.self_attn.o_proj.input")
 
 
 def test_orthonormality_is_measured_on_the_saved_rows(tmp_path: Path) -> None:
@@ -96,6 +103,7 @@ def test_representations_of_several_kinds_are_told_apart(tmp_path: Path) -> None
         {"layer": 1, "intervention": "loreft", "positions": "l1"},
         {"layer": -1, "intervention": "nodireft", "positions": "l1", "component": "mlp_output"},
         {"layer": -1, "intervention": "direft", "positions": "l1", "component": "attention_output"},
+        {"layer": -1, "intervention": "red", "positions": "l1", "component": "attention_input"},
         {"layer": -1, "intervention": "noreft", "positions": "l1", "component": "block_input"},
         {"component": "model.layers[2].output", "intervention": "lobireft", "positions": "l1"},
     ]
@@ -105,6 +113,7 @@ def test_representations_of_several_kinds_are_told_apart(tmp_path: Path) -> None
         ("model.layers.1.output", "l1"): "loreft",
         ("model.layers.2.output", "l1"): "lobireft",
         ("model.layers.3.mlp.output", "l1"): "nodireft",
+        ("model.layers.3.self_attn.input", "l1"): "red",
         ("model.layers.3.self_attn.output", "l1"): "direft",
         ("model.layers.3.input", "l1"): "noreft",
     }

@@ -109,7 +109,10 @@ def test_what_can_be_one_expression_is_one():
     assert_close(alone(model, "new"), composed(model, {"a": 1.0, "b": 0.5}))
 
 
-@pytest.mark.parametrize("component", ["mlp_output", "attention_output", "block_input", "model.layers[2].mlp.output"])
+@pytest.mark.parametrize(
+    "component",
+    ["mlp_output", "attention_output", "block_input", "model.layers[2].mlp.output", ["attention_input", "mlp_input"]],
+)
 def test_other_components(component):
     one = {"component": component, "positions": "l2"}
     model = several(a=one, b={**one, "r": 2}, c={"component": "block_output", "positions": "l2"})

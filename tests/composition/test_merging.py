@@ -221,6 +221,7 @@ def test_biases_that_come_along_are_zero():
         ({"positions": "prompt"}, "edits some tokens only .prompt at"),
         ({"positions": "all"}, "depends on the state at 'model.layers.1.output' .*component='mlp_output'"),
         ({"positions": "all", "component": "block_input"}, "more than one linear layer"),
+        ({"positions": "all", "component": "attention_input"}, "more than one linear layer"),
         ({"positions": "all", "intervention": "lobireft", "component": "block_input"}, "more than one linear layer"),
         ({"positions": "all", "intervention": "postblock", "component": "mlp_output"}, "act_fn='silu'"),
         ({"positions": "all", "intervention": "direft", "act_fn": "gelu", "component": "mlp_output"}, "act_fn='gelu'"),

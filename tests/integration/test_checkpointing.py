@@ -15,7 +15,7 @@ from reftune import ReftConfig, get_reft_model
 # torch says so of the frozen blocks below the first edit, which get none without checkpointing either
 pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True:UserWarning")
 
-COMPONENTS = ("block_output", "block_input", "attention_output", "mlp_output")
+COMPONENTS = ("block_output", "block_input", "attention_output", "attention_input", "mlp_output", "mlp_input")
 
 
 def batch(seed: int, rows: int = 3, columns: int = 12) -> dict[str, Tensor]:

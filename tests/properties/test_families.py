@@ -1,5 +1,6 @@
 """The properties that make positions right, each over every family, with positions and layers drawn at random."""
 
+import contextlib
 import inspect
 import random
 import warnings
@@ -12,6 +13,8 @@ from families import CAUSAL, RECURRENT, tiny
 from reference import columns, greedy, logits
 from reftune import ReftConfig, get_reft_model
 from reftune.interventions import Intervention
+from reftune.sites import find_blocks, find_sites
+from reftune.tuner.layer import ReftLayer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*reference PyTorch implementation.*", "ignore:.*YaRN.*")
 EXPRESSIONS = ["f2+l2", "l2", "f3", "mid1+l1", "prompt", "all", "l1+gen", "f1+gen:2", "l2+gen/2", "f7+l7"]
@@ -199,3 +202,46 @@ def test_checkpointed_equals_not(name, reentrant):
     assert same.keys() == gradients.keys()
     for key, gradient in gradients.items():
         assert_close(same[key], gradient)
+
+
+def inputs_of_parts(name: str) -> list[str]:
+    """Those of attention_input and mlp_input that every block of the family has."""
+    found, model = [], tiny(name)
+    for component in ("attention_input", "mlp_input"):
+        with contextlib.suppress(ValueError):
+            find_sites(model, "all", component)
+            found.append(component)
+    return found
+
+
+@pytest.mark.parametrize("name", [n for n in CAUSAL if n not in RECURRENT and inputs_of_parts(n)])
+def test_edits_of_what_attention_and_feed_forward_read(name):
+    component = inputs_of_parts(name)
+    kind = random.Random(name).choice([k for k in KINDS if k != "reft_r1"])  # by hand its generated tokens are coupled
+    model, rng = adapted(name, "inputs", component=component, layers=[0, 2], intervention=kind)
+    paths = {path for path, layer in model.get_base_model().named_modules() if isinstance(layer, ReftLayer)}
+    assert paths == {f"{site.path}.edit_input" for c in component for site in find_sites(tiny(name), [0, 2], c)}
+    rows = prompts(rng)
+    ids, mask = padded(rows, "left")
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
+    for i, row in enumerate(rows):
+        assert out[i, ids.shape[1] :].tolist() == greedy(model, row, 4)[0], f"row {i} of {rows}"
+
+
+@pytest.mark.parametrize("name", ["llama", "phi", "olmo2", "cohere2"])
+@pytest.mark.parametrize("train", [True, False])
+def test_such_an_edit_leaves_the_residual_stream_and_the_other_part_alone(name, train):
+    model, _ = adapted(name, component="attention_input", layers=[2], positions="all", intervention="nodireft")
+    ids, seen = torch.randint(2, 90, (2, 6)), {}
+    base = model.get_base_model()
+    block = base.get_submodule(find_blocks(base)[2])
+    part = base.get_submodule(find_sites(base, 2, "mlp_input")[0].path)
+    block.register_forward_hook(lambda m, args, out: seen.update(block=args[0].clone()))  # after all of it has run
+    part.register_forward_pre_hook(lambda m, args: seen.update(mlp=args[0].clone()))
+    before = model.train(train)(ids).logits
+    edited = dict(seen)
+    with model.disable_adapter():
+        plain = model(ids).logits
+    assert not torch.equal(before, plain)
+    assert torch.equal(edited["block"], seen["block"])
+    assert torch.equal(edited["mlp"], seen["mlp"]) == (name in ("phi", "cohere2"))  # beside attention, not after it

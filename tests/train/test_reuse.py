@@ -60,10 +60,12 @@ def batches(draw: Any) -> dict[str, Any]:
     batch=batches(),
     positions=st.sampled_from(["l1", "l3", "mid1", "gen", "gen/2", "l2+gen:2", "f1", "all", "f2+l2"]),
     layers=st.sampled_from(["all", [0], [2], [-1], [1, 2]]),
-    component=st.sampled_from(["block_output", "block_input", "mlp_output", "attention_output"]),
+    component=st.sampled_from(
+        ["block_output", "block_input", "mlp_output", "attention_output", ["attention_input", "mlp_input"]]
+    ),
     name=st.sampled_from(["llama", "mistral", "gpt2"]),
 )
-def test_any_batch(batch: Any, positions: str, layers: Any, component: str, name: str) -> None:
+def test_any_batch(batch: Any, positions: str, layers: Any, component: Any, name: str) -> None:
     model = reft(tiny(name), positions, layers=layers, component=component)
     engine, said = reuse(model)
     with doubles():

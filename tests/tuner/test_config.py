@@ -340,7 +340,6 @@ def test_errors_come_with_the_config_where_they_can(settings: dict, message: str
         ({"layers": None}, "layers=None names no layers"),
         ({"layers": "upper"}, "layers='upper' names no layers"),
         ({"component": "block_ouput"}, "Did you mean 'block_output'"),
-        ({"component": None}, "Unknown component None"),
         ({"component": "model.layers[9].mlp.output"}, "no module 'model.layers.9.mlp'"),
         ({"act_fn": "rleu"}, "Unknown act_fn 'rleu'"),
         ({"dropout": 1.5}, "dropout is a probability.*1.5"),
@@ -363,3 +362,32 @@ def test_what_the_model_must_tell_is_an_error_that_leaves_it_alone(settings: dic
         get_reft_model(base, ReftConfig(**settings))
     assert [name for name, _ in base.named_modules()] == modules
     assert [(name, p.requires_grad) for name, p in base.named_parameters()] == before
+
+
+# -- several components -----------------------------------------------------------------------------------------------
+
+
+def test_a_list_of_components_edits_each_with_weights_of_its_own(tmp_path):
+    base = tiny_llama()
+    config = ReftConfig(component=["attention_input", "mlp_input"], layers=[1, 2], positions="l1", init_weights=False)
+    model = get_reft_model(base, config).eval()
+    built = interventions(model)
+    assert list(built) == [f"model.layers.{i}.{part}" for i in (1, 2) for part in ("self_attn", "mlp")]
+    assert len({id(module.W) for module in built.values()}) == 4
+    ids = torch.tensor([[5, 6, 7]])
+    wanted = model(ids).logits
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(model.unload(), tmp_path).eval()
+    assert torch.equal(loaded(ids).logits, wanted)
+    assert loaded.peft_config["default"].component == ["attention_input", "mlp_input"]
+
+
+@pytest.mark.parametrize("component", [[], ["mlp_input", "mlp_input"], [1], None, ("mlp_input",)])
+def test_components_that_cannot_be_meant(component):
+    with pytest.raises(ValueError, match="component must be a name such as 'block_output', or a list"):
+        ReftConfig(component=component)
+
+
+def test_a_representation_is_one_place():
+    with pytest.raises(ValueError, match=r"representations\[0\] is one place, but its component is \['mlp_input'\]"):
+        ReftConfig(representations={"layer": 1, "component": ["mlp_input"]})

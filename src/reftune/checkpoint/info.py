@@ -189,7 +189,7 @@ def _is_at(entry: dict[str, Any], path: str, where: str, config: dict[str, Any])
     if component.startswith("block"):
         return child is None and component == f"block_{where}"
     attends = child is not None and re.search(r"attn|attention", child, re.I) is not None
-    return child is not None and where == "output" and attends == (component == "attention_output")
+    return child is not None and component == f"{'attention' if attends else 'mlp'}_{where}"
 
 
 def _natural(item: tuple[tuple[str, str, str], Any]) -> list[Any]:

@@ -50,7 +50,7 @@ class ReftSection:
     r: int = _key(4, "Rank of the intervention.")
     layers: str | int | list[int] = _key("mid", "mid, all, a number, a list, or a range such as 50%-70%.")
     positions: str = _key("f2+l2", "Tokens to edit: f2, l2, mid1, prompt, all, gen, gen:32, gen/64, joined by +.")
-    component: str = _key("block_output", "block_output, block_input, attention_output, mlp_output, or a path.")
+    component: str | list[str] = _key("block_output", "(block|attention|mlp)_(output|input), a path, or a list.")
     intervention: str = _key("loreft", "loreft, direft, nodireft, noreft, consreft, lobireft, red, postblock ...")
     share_weights: bool = _key(False, "One intervention per layer for all terms of positions.")
     act_fn: str | None = _key(None, "Function on the learned source: relu, silu ...; null: none.")

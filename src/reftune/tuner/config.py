@@ -39,8 +39,8 @@ class ReftConfig(PeftConfig):
         layers: blocks to edit: "mid" (num_hidden_layers // 2), "all", a list (negative numbers too), or a depth range
             such as "50%-70%".
         positions: tokens to edit, such as "f2+l2"; see `reftune.positions.grammar`.
-        component: "block_output", "block_input", "attention_output", "mlp_output", or a module path ending in
-            ".output" or ".input".
+        component: "block_output", "block_input", "attention_output", "attention_input", "mlp_output", "mlp_input", or a
+            module path ending in ".output" or ".input". A list edits each of them, with weights of its own.
         intervention: kind, or its class: "loreft", "noreft", "consreft", "lobireft", "direft", "nodireft" (the
             paper's DiReFT), "red", "reft_r1", "postblock", or one registered with `register_intervention`.
         share_weights: one intervention per layer for all terms of `positions`, instead of one per term.
@@ -65,7 +65,7 @@ class ReftConfig(PeftConfig):
     r: int = field(default=4, metadata={"help": "Rank of the intervention."})
     layers: str | int | list[int] = field(default="mid", metadata={"help": "Blocks to edit."})
     positions: str = field(default="f2+l2", metadata={"help": "Tokens to edit."})
-    component: str = field(default="block_output", metadata={"help": "What to edit in a block."})
+    component: str | list[str] = field(default="block_output", metadata={"help": "What to edit in a block."})
     intervention: Any = field(default="loreft", metadata={"help": "Kind of the intervention."})
     share_weights: bool = field(default=False, metadata={"help": "One intervention per layer for all terms."})
     act_fn: str | None = field(default=None, metadata={"help": "Function on the learned source."})
@@ -113,6 +113,7 @@ class ReftConfig(PeftConfig):
         elif self.stack is not None:
             check_stack(self.stack)
             self.r = sum(self.stack)
+        _check_components(self.component)
         for edit in self.edits():
             parse(edit["positions"])
             cls = intervention_class(edit["intervention"])
@@ -156,6 +157,11 @@ class ReftConfig(PeftConfig):
                 edit["intervention"] = _kind(given) if isinstance(given, type) else given
                 edit["r"] = entry.get("low_rank_dimension", edit["r"])
             edit["component"] = entry.get("component", self.component)
+            if not isinstance(edit["component"], str):
+                raise ValueError(
+                    f"representations[{number}] is one place, but its component is {edit['component']!r}: give each an "
+                    "entry of its own."
+                )
             edit["layer"] = entry.get("layer")
             edit["positions"] = entry.get("positions", self.positions)
             if edit["layer"] is None and not edit["component"].endswith((".output", ".input")):
@@ -179,8 +185,9 @@ class ReftConfig(PeftConfig):
             return [
                 {**e, "layers": e["layer"], "given": self._given.get(i)} for i, e in enumerate(self.representations)
             ]
-        edit = {key: getattr(self, key) for key in (*_EDIT, "layers", "component", "positions")}
-        return [{**edit, "given": self._given.get(0)}]
+        edit = {key: getattr(self, key) for key in (*_EDIT, "layers", "positions")}
+        components = self.component if isinstance(self.component, list) else [self.component]
+        return [{**edit, "component": name, "given": self._given.get(0)} for name in components]
 
     def slim(self) -> None:
         """Keep what differs from the class's defaults, which are found there: thousands may be resident at once."""
@@ -229,6 +236,14 @@ def _kind(cls: type) -> str:
     if not issubclass(cls, Intervention):
         raise ValueError(f"intervention must be a kind, a reftune.Intervention or its class, but is {cls.__name__}.")
     return kind_of(cls)
+
+
+def _check_components(component: Any) -> None:
+    names = component if isinstance(component, list) else [component]
+    if not names or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+        raise ValueError(
+            f"component must be a name such as 'block_output', or a list of different ones, but is {component!r}."
+        )
 
 
 def _check_form(edit: dict[str, Any]) -> None:
