@@ -151,25 +151,18 @@ _CHILD = {
     "attention": re.compile(r"attn|attention", re.I),
     "mlp": re.compile(r"mlp|feed_?forward|ffn|moe|dense_?relu_?dense|^ff$", re.I),
 }
+_READS = re.compile(r"^intermediate$")  # BERT's feed-forward is no module of its own, but its first half is one
 _NOT_IT = re.compile(r"norm|drop|cross|enc_?dec|encoder_attn|gate$|scale", re.I)
 
 
 def _component(model: nn.Module, block: str, component: str) -> str:
     if component.startswith("block"):
         return block
-    module = model.get_submodule(block)
-    pattern = _CHILD[component.split("_")[0]]
-    found: list[str] = []
-    # the shallowest child with such a name: "self_attn" before "self_attn.q_proj" or an attention inside an expert
-    names = sorted((n for n, _ in module.named_modules() if n), key=lambda n: n.count("."))
-    for name in names:
-        leaf = name.rsplit(".", 1)[-1]
-        if pattern.search(leaf) and not _NOT_IT.search(leaf):
-            if found and name.count(".") > found[0].count("."):
-                break
-            found.append(name)
+    module, (part, where) = model.get_submodule(block), component.split("_")
+    found = _children(module, _CHILD[part])
+    if not found and component == "mlp_input":
+        found = _children(module, _READS)
     if len(found) != 1:
-        part, where = component.split("_")
         children = ", ".join(f"'{block}.{n}.{where}'" for n, _ in module.named_children())
         what = "nothing" if not found else " and ".join(found)
         raise ValueError(
@@ -177,6 +170,18 @@ def _component(model: nn.Module, block: str, component: str) -> str:
             f"{part}, found {what}. Name it yourself, component=... one of: {children}."
         )
     return f"{block}.{found[0]}"
+
+
+def _children(module: nn.Module, pattern: re.Pattern[str]) -> list[str]:
+    """The shallowest with such a name: "self_attn" before "self_attn.q_proj" or an attention inside an expert."""
+    found: list[str] = []
+    for name in sorted((n for n, _ in module.named_modules() if n), key=lambda n: n.count(".")):
+        leaf = name.rsplit(".", 1)[-1]
+        if pattern.search(leaf) and not _NOT_IT.search(leaf):
+            if found and name.count(".") > found[0].count("."):
+                break
+            found.append(name)
+    return found
 
 
 def _raw_site(model: nn.Module, component: str) -> Site:

@@ -55,18 +55,21 @@ def spy(model: torch.nn.Module) -> list[torch.Tensor]:
     return seen
 
 
+@pytest.mark.parametrize("component", ["block_output", "attention_input", "mlp_input"])
 @pytest.mark.parametrize("name", ENCODERS)
-def test_an_encoder_reads_its_whole_input_as_prompt(name, tmp_path):
+def test_an_encoder_reads_its_whole_input_as_prompt(name, component, tmp_path):
     torch.manual_seed(0)
     base = AutoModel.from_config(config(name, {**SIZES, **ENCODERS[name]})).eval()
     ids = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 0, 0, 0]])
     mask = (ids != 0).long()
     with torch.no_grad():
         plain = base(ids, attention_mask=mask)[0]
-    model = get_reft_model(base, ReftConfig(positions="f1+l2", layers="all", init_weights=False)).eval()
+    settings = {"positions": "f1+l2", "layers": "all", "component": component}
+    model = get_reft_model(base, ReftConfig(**settings, init_weights=False)).eval()
     seen = spy(model)
     with torch.no_grad():
         edited = model(ids, attention_mask=mask)[0]
+        assert not torch.allclose(edited, plain)
         assert [s.int().tolist() for s in seen] == [[[1, 0, 0, 0, 1, 1], [1, 1, 1, 0, 0, 0]]] * 4
         alone = model(ids[1:, :3], attention_mask=mask[1:, :3])[0]
         torch.testing.assert_close(alone[0], edited[1, :3], atol=1e-5, rtol=1e-4)
