@@ -89,6 +89,43 @@ def test_every_affine_kind(kind, component):
     assert_close(logits(model.merge_and_unload()), wanted)
 
 
+# What the parts of each family's blocks begin with: 1 merges, 0 is refused. Columns: attention_input, mlp_input.
+BEGINS = {
+    **dict.fromkeys(MERGES, "11"),
+    "gpt_oss": "10",  # experts, which are no linear layers
+    "mixtral": "10",
+    "qwen3_moe": "10",
+}
+
+
+@pytest.mark.parametrize("number", range(2), ids=["attention", "mlp"])
+@pytest.mark.parametrize("name", MERGES)
+def test_what_a_part_reads_goes_into_every_layer_that_reads_it(name, number):
+    component = ["attention_input", "mlp_input"][number]
+    model = several(name, a={"positions": "all", "component": component, "bias": "none"})
+    wanted, weights = logits(model), {n: p.clone() for n, p in model.named_parameters()}
+    with model.disable_adapter():
+        base = logits(model)
+    assert float((wanted - base).abs().max()) > 0.003
+    if BEGINS[name][number] == "0":
+        with pytest.raises(ValueError, match=r"cannot be merged into the weights: .* Or keep the adapter"):
+            model.merge_and_unload()
+        assert torch.equal(logits(model), wanted)
+        assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters())
+        return
+    assert_close(logits(model.merge_and_unload()), wanted)
+
+
+def test_both_parts_with_a_constant_and_an_edit_of_one_of_the_layers():
+    """q, k and v, gate and up, get a bias each; the inner layer's own edit comes after its part's."""
+    both = {"positions": "all", "component": ["attention_input", "mlp_input"], "layers": "all"}
+    inner = {"positions": "all", "component": "model.layers[1].self_attn.q_proj.input"}
+    model = several("llama", a={**both, "intervention": "nodireft"}, b=inner)
+    model.base_model.set_adapter(["a", "b"])
+    wanted = logits(model)
+    assert_close(logits(model.merge_and_unload()), wanted)
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("kind", [*AFFINE, "red"])
 def test_the_input_of_a_linear_layer(name, kind):
@@ -220,9 +257,8 @@ def test_biases_that_come_along_are_zero():
         ({"positions": "f2+l2"}, "edits some tokens only .*positions='all'"),
         ({"positions": "prompt"}, "edits some tokens only .prompt at"),
         ({"positions": "all"}, "depends on the state at 'model.layers.1.output' .*component='mlp_output'"),
-        ({"positions": "all", "component": "block_input"}, "more than one linear layer"),
-        ({"positions": "all", "component": "attention_input"}, "more than one linear layer"),
-        ({"positions": "all", "intervention": "lobireft", "component": "block_input"}, "more than one linear layer"),
+        ({"positions": "all", "component": "block_input"}, "no linear layer in 'model.layers.1' .* reads its input"),
+        ({"positions": "all", "intervention": "lobireft", "component": "block_input"}, "reads its input as it comes"),
         ({"positions": "all", "intervention": "postblock", "component": "mlp_output"}, "act_fn='silu'"),
         ({"positions": "all", "intervention": "direft", "act_fn": "gelu", "component": "mlp_output"}, "act_fn='gelu'"),
         ({"positions": "all", "intervention": "loreft", "act_fn": "gelu", "component": "mlp_output"}, "reads h twice"),

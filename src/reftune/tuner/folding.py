@@ -1,4 +1,4 @@
-"""Which linear layer an edit can be folded into: by structure first, then by what a probe of the model shows."""
+"""Which linear layers an edit can be folded into: by structure first, then by what a probe of the model shows."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -24,18 +24,23 @@ class Fold:
     scale: float = 1.0
 
 
-def find_fold(model: nn.Module, probe: Probe, site: str, form: Form) -> Fold:
-    """The fold of an affine edit at a site such as "model.layers.3.mlp.output"; a ValueError where there is none."""
+def find_folds(model: nn.Module, probe: Probe, site: str, form: Form) -> list[Fold]:
+    """The folds of an affine edit at a site such as "model.layers.3.mlp.output": one, or one for each linear layer that
+    reads an edited input. A ValueError where there is none."""
     path, _, where = site.rpartition(".")
     module = model.get_submodule(path)
     if is_linear(module):
-        return _usable(model, Fold(path, "output" if where == "output" else "input"))
-    if where == "input":
-        raise ValueError(
-            f"{CANNOT}the input of '{path}' ({type(module).__name__}) goes into more than one linear layer. An edit of "
-            f"the output of a linear layer can be merged, or a constant edit of the output of the block before.{KEEP}"
-        )
+        return [_usable(model, Fold(path, "output" if where == "output" else "input"))]
     inside = {f"{path}.{name}": child for name, child in module.named_modules() if is_linear(child)}
+    if where == "input":
+        readers = _readers(probe, path, module, inside)
+        if not readers:
+            raise ValueError(
+                f"{CANNOT}no linear layer in '{path}' ({type(module).__name__}) reads its input as it comes: there is "
+                "a norm or a residual before. component='attention_input' and 'mlp_input' can be merged where those "
+                f"parts begin with linear layers, and the output of a linear layer can.{KEEP}"
+            )
+        return [_usable(model, Fold(name, "input")) for name in readers]
     seen = probe.outputs({**inside, path: module})
     states = seen.pop(path, [])
     if len(states) == 1:
@@ -44,11 +49,11 @@ def find_fold(model: nn.Module, probe: Probe, site: str, form: Form) -> Fold:
         ]
         for name in called:
             if torch.equal(seen[name][0].reshape(states[0].shape), states[0]):
-                return _usable(model, Fold(name, "output"))
+                return [_usable(model, Fold(name, "output"))]
         for name in called if form.is_constant else ():
             scale = probe.shift(inside[name], module)
             if scale is not None:
-                return _usable(model, Fold(name, "shift", scale))
+                return [_usable(model, Fold(name, "shift", scale))]
     what = "a constant edit" if form.is_constant else "an edit that depends on the state"
     raise ValueError(
         f"{CANNOT}{what} at '{site}' is no change of one linear layer, because what {type(module).__name__} gives out "
@@ -57,6 +62,17 @@ def find_fold(model: nn.Module, probe: Probe, site: str, form: Form) -> Fold:
         "layer, component='<path of a linear layer>.output', and constant edits (intervention='lobireft') of the block "
         f"output where a linear layer is added to the residual, all with positions='all'.{KEEP}"
     )
+
+
+def _readers(probe: Probe, path: str, module: nn.Module, inside: dict[str, nn.Module]) -> list[str]:
+    """The linear layers inside that read the module's own input. That nothing else does, the merged model shows."""
+    seen = probe.inputs_of({**inside, path: module})
+    states = seen.pop(path, [])
+    if len(states) != 1:
+        return []
+    same = states[0].numel()
+    called = [name for name in seen if len(seen[name]) == 1 and seen[name][0].numel() == same]
+    return [name for name in called if torch.equal(seen[name][0].reshape(states[0].shape), states[0])]
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -20,6 +20,7 @@ from .training import check_training
 
 CHECKPOINTS_CALL = "__call__" in GradientCheckpointingLayer.__dict__
 CHILD = {"output": "edit_output", "input": "edit_input"}
+STATES = ("hidden_states", "x", "input", "inputs")  # what modules call them
 
 
 def attach(module: nn.Module, where: str) -> None:
@@ -88,7 +89,7 @@ def _edit_input(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
         return args, kwargs
     if args and isinstance(args[0], Tensor):
         return (module.edit_input(args[0]), *args[1:]), kwargs
-    for name in ("hidden_states", "x", "input", "inputs"):
+    for name in STATES:
         if isinstance(kwargs.get(name), Tensor):
             return args, {**kwargs, name: module.edit_input(kwargs[name])}
     raise ValueError(f"{type(module).__name__} was called without hidden states that reftune could edit.")

@@ -1,9 +1,9 @@
-"""Folding adapters into the weights: `merge_and_unload()` where an edit is exactly a change of one linear layer.
+"""Folding adapters into the weights: `merge_and_unload()` where an edit is exactly a change of linear layers.
 
 With y = W x + k the output of a linear layer and Δ(y) = M y + m an affine edit of every token's y:
 
     output   y + Δ(y) = (I + M) W x + (I + M) k + m
-    input    W (x + Δ(x)) + k = W (I + M) x + W m + k
+    input    W (x + Δ(x)) + k = W (I + M) x + W m + k, in each layer that reads x
     constant, further up: where shifting y by v shifts the edited state by αv, m/α goes into k
 
 Everything is planned, checked on a probe and computed before any weight is touched; `folding` says which layer.
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..interventions import Intervention
 from ..interventions.forms import Form, NoFormError, form_of
 from ..positions import Term, parse
-from .folding import CANNOT, KEEP, Fold, find_fold
+from .folding import CANNOT, KEEP, Fold, find_folds
 from .layer import ReftLayer
 from .mix import How, Mix
 from .probing import Probe, add_biases, bias_flags
@@ -92,8 +92,8 @@ def merge(tuner: "ReftModel", adapter_names: list[str] | None = None, safe_merge
     probe = Probe(model, tuner.session)
     folds: dict[str, list[tuple[Form, Fold]]] = {}
     for site, form in edits:
-        fold = find_fold(model, probe, site, form)
-        folds.setdefault(fold.path, []).append((form, fold))
+        for fold in find_folds(model, probe, site, form):
+            folds.setdefault(fold.path, []).append((form, fold))
     merged = {path: Merged(model.get_submodule(path), found) for path, found in folds.items()}
     if safe_merge:
         for path, new in merged.items():

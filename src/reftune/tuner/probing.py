@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .hooks import STATES
 from .session import Session
 
 ROWS, TOKENS = 2, 6
@@ -25,17 +26,24 @@ class Probe:
 
     def outputs(self, modules: dict[str, nn.Module]) -> dict[str, list[Tensor]]:
         """The hidden states that each module gave out, one tensor a call; keys in the order of the first calls."""
+        return self._recorded(modules, lambda args, kwargs, output: hidden_states(output))
+
+    def inputs_of(self, modules: dict[str, nn.Module]) -> dict[str, list[Tensor]]:
+        """The hidden states that each module was called with, in the same way."""
+        return self._recorded(modules, lambda args, kwargs, output: called_with(args, kwargs))
+
+    def _recorded(self, modules: dict[str, nn.Module], states_of: Callable[..., Any]) -> dict[str, list[Tensor]]:
         found: dict[str, list[Tensor]] = {}
 
         def record(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: Any, output: Any) -> None:
-                states = hidden_states(output)
+            def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+                states = states_of(args, kwargs, output)
                 if states is not None:
                     found.setdefault(name, []).append(states.detach())
 
             return hook
 
-        handles = [module.register_forward_hook(record(name)) for name, module in modules.items()]
+        handles = [module.register_forward_hook(record(name), with_kwargs=True) for name, module in modules.items()]
         try:
             with self.session_off():
                 self.run()
@@ -125,6 +133,12 @@ def hidden_states(output: Any) -> Tensor | None:
         output = output[0] if output else None
     output = getattr(output, "last_hidden_state", output)
     return output if isinstance(output, Tensor) else None
+
+
+def called_with(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The states that an edit of this call's input would edit."""
+    first = args[:1] or [kwargs[name] for name in STATES if isinstance(kwargs.get(name), Tensor)]
+    return first[0] if first and isinstance(first[0], Tensor) else None
 
 
 def bias_flags(model: nn.Module, layers: list[str]) -> list[str] | None:
