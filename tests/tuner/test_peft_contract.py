@@ -14,6 +14,8 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from transformers.integrations.peft import MIN_PEFT_VERSION
+from transformers.utils.peft_utils import check_peft_version
 
 from conftest import tiny_llama
 from reftune import ReftConfig, get_reft_model
@@ -185,6 +187,10 @@ def test_an_adapter_without_task_type_loads_by_auto_class(tmp_path):
 
 def test_transformers_own_add_adapter_trains_saves_and_loads(tmp_path):
     base = tiny_llama()
+    try:
+        check_peft_version(min_version=MIN_PEFT_VERSION)
+    except ValueError as error:  # of LoRA too: 5.24 asks for a PEFT that was not out with it
+        pytest.skip(f"this transformers has no adapters of its own with this PEFT: {error}")
     base.add_adapter(ReftConfig(layers=[1], positions="l2", init_weights=False), adapter_name="reft")
     with torch.no_grad():
         for name, parameter in base.named_parameters():
