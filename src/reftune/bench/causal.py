@@ -26,7 +26,7 @@ def run(setup: Setup) -> Result:
     """One run: counts, training, {task: metrics} on the test rows, the selection metrics, seconds."""
     job = setup.job
     started = time.perf_counter()
-    model, tokenizer = load_model(job.model, dtype=job.settings["dtype"])
+    model, tokenizer = load_model(job.model, dtype=job.settings["dtype"], attn_implementation=job.settings["attention"])
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
     model.config.use_cache = False

@@ -26,7 +26,8 @@ def run(setup: Setup) -> Result:
     found = task(name)
     assert isinstance(found, PairTask)
     started = time.perf_counter()
-    model, tokenizer = load_classifier(job.model, found.labels, job.seed, job.settings["dtype"])
+    dtype, attention = job.settings["dtype"], job.settings["attention"]
+    model, tokenizer = load_classifier(job.model, found.labels, job.seed, dtype, attention)
     loaded = time.perf_counter()
     head = head_modules(model)
     rows = encode(setup.parts[name].train, found, tokenizer, setup.train.max_length)

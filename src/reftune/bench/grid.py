@@ -84,6 +84,7 @@ class Grid:
     joint: bool | None = None  # one training for all tasks; null: yes, except on GLUE
     model: str = "smollm2-135m"
     dtype: str | None = None
+    attention: str | None = None  # attn_implementation of `from_pretrained`; null: its own choice
     template: Literal["paper", "chat"] = "paper"
     methods: list[Any] = field(default_factory=lambda: ["loreft", "lora"])
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
@@ -108,7 +109,7 @@ class Job:
     seed: int
     lr: float | None
     model: str
-    settings: dict[str, Any]  # dtype, template, rows, train, sweep, scoring: the resolved sections
+    settings: dict[str, Any]  # dtype, attention, template, rows, train, sweep, scoring: the resolved sections
 
     @property
     def task(self) -> str:
@@ -227,6 +228,7 @@ def _methods(grid: Grid, evaluated: tuple[str, ...]) -> list[tuple[Method, dict[
         train = dataclasses.asdict(grid.train) | dict(budget) | method.train
         settings = {
             "dtype": grid.dtype,
+            "attention": grid.attention,
             "template": grid.template,
             "rows": dataclasses.asdict(grid.rows),
             "train": dataclasses.asdict(from_dict(BudgetSection, train, "train")),

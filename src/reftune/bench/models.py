@@ -24,7 +24,9 @@ def encoder_source(name: str) -> str:
     return str(found[0]) if found else ENCODER_HUB_ID
 
 
-def load_classifier(name: str, labels: int, seed: int, dtype: Any = None) -> tuple[Any, Any]:
+def load_classifier(
+    name: str, labels: int, seed: int, dtype: Any = None, attention: str | None = None
+) -> tuple[Any, Any]:
     """(model, tokenizer) for sequence classification; labels=1 is a score. The head starts the same for one seed."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
     from transformers.utils import logging
@@ -38,7 +40,10 @@ def load_classifier(name: str, labels: int, seed: int, dtype: Any = None) -> tup
     try:
         set_seed(seed)
         model = AutoModelForSequenceClassification.from_pretrained(
-            source, num_labels=labels, dtype=default_dtype() if dtype is None else dtype
+            source,
+            num_labels=labels,
+            dtype=default_dtype() if dtype is None else dtype,
+            attn_implementation=attention,
         )
     finally:
         logging.set_verbosity(shown)
