@@ -90,6 +90,7 @@ def test_settings_by_task_and_by_method() -> None:
         ({"train": {"lr_scheduler": "zigzag"}}, "lr_scheduler 'zigzag' is none of linear"),
         ({"suite": "arithmetic", "train": {"keep": "best"}}, "keep: best is for GLUE"),
         ({"dtype": "float99"}, "no dtype of torch"),
+        ({"attention": "eagre"}, "attention 'eagre' is none of eager, "),
         ({"scoring": {"generation": {"beams": 4}}}, "beams is no argument of transformers' generate"),
         ({"seeds": [1, 1]}, "seeds names something twice"),
         ({"tasks": ["rte", "rte"]}, "tasks names something twice"),

@@ -355,3 +355,22 @@ def test_time_left_goes_by_the_likes_of_what_is_missing(places: dict[str, str]) 
     assert [words(s) for s in (42, 720, 12240)] == ["42 s", "12 min", "3.4 h"]
     shown = row | {"suite": "glue", "metrics": {"rte": {"accuracy": 0.5}}, "selection": {}, "seed": 1, "lr": 1e-3}
     assert line(shown, 1, 2, 60.0) == "[1/2] rte sweep loreft seed 1 lr 0.001: rte 50.0, 10 s; about 60 s left"
+
+
+@pytest.mark.parametrize("suite", ["glue", "instruct"])
+def test_the_attention_of_a_grid_is_the_models(suite: str, places: dict[str, str], tmp_path: Path) -> None:
+    used: list[str] = []
+
+    def see(module: Any, *_: Any) -> None:
+        used.append(getattr(getattr(module, "config", None), "_attn_implementation", ""))
+
+    model, task = (places["encoder"], "rte") if suite == "glue" else (places["causal"], "alpaca")
+    content = {"suite": suite, "tasks": [task], "model": model, "methods": [{"method": "loreft", "lrs": [1e-2]}]}
+    budget = {"train": TRAIN | {"steps": 1}, "seeds": [0], "attention": "eager"}
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(see)
+    try:
+        outcome = run_grid(load_grid(content | budget), tmp_path, data=places["data"], say=silent)
+    finally:
+        handle.remove()
+    assert (outcome.finished, outcome.failed) == (1, {})
+    assert set(used) - {""} == {"eager"}

@@ -62,9 +62,13 @@ def _budget(where: str, values: Mapping[str, Any], grid: "Grid") -> None:
 def _names(grid: "Grid") -> None:
     import torch
     from transformers import GenerationConfig
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     if grid.dtype is not None and not isinstance(getattr(torch, grid.dtype, None), torch.dtype):
         raise RecipeError(f"dtype {grid.dtype!r} is no dtype of torch, such as float32 or bfloat16.")
+    ways = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
+    if grid.attention is not None and grid.attention not in ways and "/" not in grid.attention:  # a kernel of the hub
+        raise RecipeError(f"attention {grid.attention!r} is none of {', '.join(ways)}.")
     unknown = set(grid.scoring.generation) - set(vars(GenerationConfig()))
     if unknown:
         raise RecipeError(f"scoring.generation: {', '.join(sorted(unknown))} is no argument of transformers' generate.")
