@@ -106,6 +106,13 @@ def test_a_section_cannot_be_set_below_a_value() -> None:
         load_grid(SMALL | {"train": {"steps": 3}}, {"train.steps.x": 1})
 
 
+def test_the_untouched_base_runs_once_unless_its_answers_are_sampled() -> None:
+    content = {"suite": "arithmetic", "methods": [{"method": "loreft", "lrs": [9e-4]}, "base"], "seeds": [3, 4]}
+    assert [(j.method.name, j.seed) for j in jobs(load_grid(content))] == [("loreft", 3), ("base", 3), ("loreft", 4)]
+    sampled = jobs(load_grid(content | {"scoring": {"generation": {"do_sample": True}}}))
+    assert [j.seed for j in sampled if j.method.name == "base"] == [3, 4]
+
+
 def test_a_baseline_that_is_added_to_a_preset_has_its_rates_chosen() -> None:
     plan = jobs(load_grid("paper/glue-base", {"methods": ["loreft", "lora", "full"]}))
     swept = {(job.method.name, job.task) for job in plan if job.stage == "sweep"}

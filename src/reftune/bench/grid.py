@@ -199,7 +199,8 @@ def jobs(grid: Grid) -> list[Job]:
 
             if len(method.lrs) > 1:
                 sweeps += [job("sweep", grid.sweep.seed, lr) for lr in method.lrs]
-            finals += [job("final", seed, one) for seed in grid.seeds]
+            fixed = method.method == "base" and not grid.scoring.generation.get("do_sample")  # alike for all seeds
+            finals += [job("final", seed, one) for seed in grid.seeds[: 1 if fixed else None]]
     names_seen = [(j.task, j.method.name, j.seed) for j in finals]
     if len(set(names_seen)) < len(names_seen):
         raise RecipeError("Two methods of the grid have the same name: give each variant a `name` of its own.")
