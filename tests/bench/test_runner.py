@@ -14,6 +14,7 @@ from transformers import TrainerState
 
 from reftune.bench import jobs, load_grid, run_grid
 from reftune.bench.progress import line, time_left, words
+from reftune.bench.report import report
 from reftune.bench.runner import best_lr
 from reftune.bench.store import Store, read_rows
 
@@ -121,6 +122,17 @@ def test_text_suites_train_once_and_score_every_task(
     assert loreft["steps"] == 3
     assert loreft["selection"]["loss"] < base["selection"]["loss"]
     assert all(0 <= v <= 1 for m in loreft["metrics"].values() for k, v in m.items() if k.startswith("acc"))
+
+
+def test_a_cloze_compares_the_answers_own_words(places: dict[str, str], tmp_path: Path) -> None:
+    content = {"suite": "commonsense", "tasks": ["arc_easy", "boolq"], "template": "cloze", "model": places["causal"]}
+    grid = load_grid(content | {"methods": [{"method": "loreft", "lrs": [1e-2]}], "seeds": [0], "train": TRAIN})
+    run_grid(grid, tmp_path, data=places["data"], say=silent)
+    (row,) = read_rows(tmp_path)
+    assert {name: set(found) for name, found in row["metrics"].items()} == {
+        name: {"accuracy_norm", "accuracy_ll", "loss"} for name in ("arc_easy", "boolq")
+    }
+    assert "accuracy_norm" in report([row])
 
 
 def test_the_halves_of_glue_move_with_the_seed_unless_they_are_fixed(places: dict[str, str], tmp_path: Path) -> None:

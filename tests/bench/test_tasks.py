@@ -109,6 +109,41 @@ def test_choices_are_the_responses_and_the_index_points_at_the_right_one() -> No
     assert found.gold == "answer2"
 
 
+@pytest.mark.parametrize(
+    ("name", "row", "prompt", "choices"),
+    [
+        ("arc_easy", QUESTION, "Question: A cactus stem stores\nAnswer:", (" fruit", " liquid", " food")),
+        ("openbookqa", QUESTION, "A cactus stem stores", (" fruit", " liquid", " food")),
+        (
+            "siqa",
+            QUESTION | {"context": "It is dry."},
+            "Q: It is dry. A cactus stem stores\nA:",
+            (" fruit", " liquid", " food"),
+        ),
+        (
+            "winogrande",
+            {"context": "", "question": "Al saw Bo as _ ran.", "choices": ["Al", "Bo"], "answer": 1},
+            "Al saw Bo as",
+            (" Al ran.", " Bo ran."),
+        ),
+        (
+            "boolq",
+            {"context": "A passage.", "question": "is it?", "choices": [], "answer": 1},
+            "A passage.\nQuestion: is it?\nAnswer:",
+            (" yes", " no"),
+        ),
+    ],
+)
+def test_a_cloze_goes_on_in_the_answers_own_words(
+    name: str, row: dict[str, Any], prompt: str, choices: tuple[str, ...]
+) -> None:
+    found = task(name)
+    assert isinstance(found, TextTask)
+    assert found.cloze is not None
+    cloze = found.cloze(row)
+    assert (cloze.prompt, cloze.choices, cloze.response) == (prompt, choices, choices[1])
+
+
 def test_a_preference_pair_learns_the_chosen_and_keeps_the_rejected() -> None:
     found = item("ultrafeedback", {"prompt": "p", "chosen": "yes", "rejected": "no"})
     assert (found.instruction, found.response, found.rejected) == ("p", "yes", "no")

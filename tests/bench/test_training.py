@@ -1,5 +1,6 @@
 """The one trainer of all methods: cut off and resumed to the bit, and what runs share."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from tests.tiny_chat import tiny_tokenizer
 
 from reftune.bench.grid import BudgetSection
 from reftune.bench.methods import METHODS, attach, resolve
+from reftune.bench.order import ByLength
 from reftune.bench.training import fit
 from reftune.data import ReftDataCollator
 from reftune.train.reuse import MemoryStore
@@ -61,3 +63,55 @@ def test_runs_share_what_is_kept(tmp_path: Path) -> None:
         assert "keys and values before the first edited token are computed once" in made.reuse
         assert kept.computed == computed
     assert kept.found >= 16
+
+
+def test_rows_grouped_by_length_are_each_once_in_batches_of_one_length() -> None:
+    lengths = [1 + (7 * i) % 40 for i in range(1003)]
+    sampler = ByLength(lengths, 8, seed=3)
+    order = list(sampler)
+    assert sorted(order) == list(range(1003))
+    assert len(sampler) == 1003
+    batches = [[lengths[i] for i in order[k : k + 8]] for k in range(0, 1003, 8)]
+    assert max(max(batch) - min(batch) for batch in batches) <= 3
+    tops = [max(batch) for batch in batches]
+    assert tops != sorted(tops)
+    assert tops[:50] != sorted(tops[:50], reverse=True)  # long and short ones mixed
+    assert order == list(ByLength(lengths, 8, seed=3)) != list(ByLength(lengths, 8, seed=4))
+    sampler.set_epoch(1)
+    assert order != list(sampler)
+    assert list(ByLength([5, 6], 8, seed=0)) in ([0, 1], [1, 0])
+
+
+def test_rows_grouped_by_length_are_the_same_for_every_method_and_after_a_cut(tmp_path: Path) -> None:
+    rows = [{"input_ids": [5] * (i % 9) + [3, 60, 61], "labels": [-100] * (i % 9 + 1) + [60, 61]} for i in range(40)]
+    budget = BudgetSection(
+        steps=24, batch_size=4, checkpoint_steps=9, lr_scheduler="constant", train_sampling_strategy="group_by_length"
+    )
+
+    class Seen(ReftDataCollator):
+        def __init__(self, cut: int | None = None) -> None:
+            super().__init__(tiny_tokenizer())
+            self.lengths: list[list[int]] = []
+            self.cut = cut
+
+        def __call__(self, features: Any) -> Any:
+            self.lengths.append([len(row["input_ids"]) for row in features])
+            if len(self.lengths) == self.cut:
+                raise KeyboardInterrupt
+            return super().__call__(features)
+
+    def train(method: str, work: str, cut: int | None = None) -> tuple[Any, list[list[int]]]:
+        torch.manual_seed(0)
+        model = attach(tiny_llama(), resolve(method, "commonsense", {"positions": "l1"}), head=[], steps=24)[0]
+        seen = Seen(cut)
+        with contextlib.suppress(KeyboardInterrupt):
+            fit(model, rows, seen, budget, lr=1e-2, seed=1, causal=True, work=tmp_path / work)
+        return model, seen.lengths
+
+    whole, seen = train("loreft", "whole")
+    assert all(max(lengths) - min(lengths) <= 2 for lengths in seen)
+    assert seen[:10] != seen[10:20]  # the second epoch has an order of its own
+    assert train("lora", "other")[1] == seen
+    train("loreft", "cut", cut=23)  # in the third epoch; goes on from the second
+    for a, b in zip(whole.parameters(), train("loreft", "cut")[0].parameters(), strict=True):
+        assert torch.equal(a, b)

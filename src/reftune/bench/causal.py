@@ -39,18 +39,18 @@ def run(setup: Setup) -> Result:
     begun, cpu = time.perf_counter(), time.process_time()
     set_seed(job.seed)  # answers may be sampled: not by what training left of the generator's state
     with torch.autocast(model.device.type, torch.bfloat16, enabled=setup.train.bf16):
-        held = [item for name in job.train_tasks for item in items(name, setup.parts[name].select)]
+        held = [item for name in job.train_tasks for item in words.items(name, setup.parts[name].select)]
         selection = {"loss": mean_loss(model, words, held, collator, setup)} if held else {}
         if setup.job.settings["sweep"]["by"] == "score" and job.stage == "sweep":
             scores = [
-                evaluate(model, words, name, items(name, setup.parts[name].select), collator, setup)
+                evaluate(model, words, name, words.items(name, setup.parts[name].select), collator, setup)
                 for name in job.train_tasks
             ]
             firsts = [_first(name, found) for name, found in zip(job.train_tasks, scores, strict=True)]
             selection["score"] = sum(firsts) / len(firsts)
         metrics: dict[str, dict[str, float]] = {}
         for name in job.tasks if job.stage == "final" else ():
-            metrics[name] = evaluate(model, words, name, items(name, setup.parts[name].test), collator, setup)
+            metrics[name] = evaluate(model, words, name, words.items(name, setup.parts[name].test), collator, setup)
     seconds = {
         "load": loaded - started,
         "evaluate": time.perf_counter() - begun,
@@ -64,7 +64,7 @@ def _training_rows(setup: Setup, words: "Words") -> list[dict[str, list[int]]]:
     longest = setup.train.max_length
     rows: list[dict[str, list[int]]] = []
     for name in setup.job.train_tasks:
-        each = [words.training_row(item, longest) for item in items(name, setup.parts[name].train)]
+        each = [words.training_row(item, longest) for item in words.items(name, setup.parts[name].train)]
         kept = [row for row, _ in each if row is not None]
         setup.lengths[name] = {"left_out": len(each) - len(kept), "cut": sum(cut for _, cut in each)}
         rows += kept
@@ -79,27 +79,31 @@ def _first(name: str, scores: dict[str, float]) -> float:
     return scores[metric.name] if metric.higher else -scores[metric.name]
 
 
-def items(name: str, rows: list[dict[str, Any]]) -> list[Item]:
-    """The examples of a text task's rows."""
-    found = task(name)
-    assert isinstance(found, TextTask)
-    return [found.item(row) for row in rows]
-
-
 class Words:
-    """Items to token ids: in the paper's words as they stand, or through the model's chat template."""
+    """Rows to items to token ids: in the paper's words, through the model's chat template, or as a cloze."""
 
     def __init__(self, tokenizer: Any, template: str) -> None:
         self.tokenizer = tokenizer
-        self.chat = template == "chat"
+        self.chat, self.cloze = template == "chat", template == "cloze"
         self._template = PromptTemplate(tokenizer, "chat" if self.chat else "plain")
+
+    def items(self, name: str, rows: list[dict[str, Any]]) -> list[Item]:
+        """The examples of a text task's rows."""
+        found = task(name)
+        assert isinstance(found, TextTask)
+        if not self.cloze:
+            return [found.item(row) for row in rows]
+        assert found.cloze is not None  # see `check_values`
+        return [found.cloze(row) for row in rows]
 
     def prompt(self, item: Item) -> list[int]:
         """The ids before the answer."""
         return self._template.prompt_ids(item.instruction if self.chat else item.prompt)
 
     def response(self, item: Item, text: str) -> list[int]:
-        """The ids of an answer, with what ends it."""
+        """The ids of an answer, with what ends it; in a cloze nothing does, as in lm-evaluation-harness."""
+        if self.cloze:
+            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         return self._template.response_ids(item.instruction if self.chat else item.prompt, text)
 
     def training_row(self, item: Item, max_length: int) -> tuple[dict[str, list[int]] | None, bool]:
@@ -124,9 +128,13 @@ def evaluate(
     if found.kind == "choice" and how.loglikelihood:
         choices = [[words.response(item, text) for text in item.choices] for item in examples]
         each = scoring.choice_scores(model, prompts, choices, pad_id, how.batch_size)
-        best = [max(range(len(row)), key=row.__getitem__) for row in each]
-        hits = [b == item.index for b, item in zip(best, examples, strict=True)]
-        scores["accuracy_ll"] = sum(hits) / len(hits)
+        scores["accuracy_ll"] = _share_right(each, examples)
+        if words.cloze:  # by the letter, as lm-evaluation-harness's acc_norm: the sum over tokens favours short answers
+            lengths = [[len(text.strip()) for text in item.choices] for item in examples]
+            shared = [
+                [s / max(1, n) for s, n in zip(row, ns, strict=True)] for row, ns in zip(each, lengths, strict=True)
+            ]
+            scores["accuracy_norm"] = _share_right(shared, examples)
         golds = [(row[i.index], len(ids[i.index])) for row, i, ids in zip(each, examples, choices, strict=True)]
         scores["loss"] = -sum(total for total, _ in golds) / sum(count for _, count in golds)
     else:
@@ -134,7 +142,7 @@ def evaluate(
     if examples[0].rejected is not None:
         scores |= preference(model, words, examples, collator, setup)
     judge = make_judge(how.judge) if WIN_RATE in found.metrics else None
-    if (found.kind != "free" and how.generate) or judge is not None:
+    if (found.kind != "free" and how.generate and not words.cloze) or judge is not None:
         answers = scoring.generate(
             model,
             words.tokenizer,
@@ -150,6 +158,11 @@ def evaluate(
             scored = [right(found.kind, a, i.gold) for a, i in zip(answers, examples, strict=True)]
             scores["accuracy"] = sum(scored) / len(scored)
     return scores
+
+
+def _share_right(scores: list[list[float]], examples: list[Item]) -> float:
+    best = [max(range(len(row)), key=row.__getitem__) for row in scores]
+    return sum(b == item.index for b, item in zip(best, examples, strict=True)) / len(examples)
 
 
 def mean_loss(model: Any, words: Words, examples: list[Item], collator: Any, setup: Setup) -> float:

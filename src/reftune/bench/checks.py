@@ -69,6 +69,11 @@ def _names(grid: "Grid") -> None:
     ways = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
     if grid.attention is not None and grid.attention not in ways and "/" not in grid.attention:  # a kernel of the hub
         raise RecipeError(f"attention {grid.attention!r} is none of {', '.join(ways)}.")
+    if grid.template == "cloze":
+        if any(getattr(task(name), "cloze", None) is None for name in grid.tasks or SUITES[grid.suite]):
+            raise RecipeError(f"template: cloze is a wording of the commonsense tasks; the suite is {grid.suite}.")
+        if not grid.scoring.loglikelihood:
+            raise RecipeError("template: cloze compares likelihoods and nothing is generated: set loglikelihood: true.")
     unknown = set(grid.scoring.generation) - set(vars(GenerationConfig()))
     if unknown:
         raise RecipeError(f"scoring.generation: {', '.join(sorted(unknown))} is no argument of transformers' generate.")

@@ -48,6 +48,7 @@ class BudgetSection:
     lr_scheduler: str = "linear"
     max_grad_norm: float = 1.0
     max_length: int = 512
+    train_sampling_strategy: Literal["random", "group_by_length"] = "random"  # rows of about one length a batch
     bf16: bool = False  # autocast, in training and evaluation
     checkpoint_steps: int | None = None  # a run that was cut off goes on from its last checkpoint; null: starts anew
     keep: Literal["last", "best"] = "last"  # GLUE: the epoch with the best score on the selection rows, as the paper
@@ -85,7 +86,7 @@ class Grid:
     model: str = "smollm2-135m"
     dtype: str | None = None
     attention: str | None = None  # attn_implementation of `from_pretrained`; null: its own choice
-    template: Literal["paper", "chat"] = "paper"
+    template: Literal["paper", "chat", "cloze"] = "paper"
     methods: list[Any] = field(default_factory=lambda: ["loreft", "lora"])
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     rows: RowsSection = field(default_factory=RowsSection)

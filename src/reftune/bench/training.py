@@ -22,6 +22,7 @@ from reftune.train.trainer import ReusesFrozenBase
 
 from .grid import BudgetSection
 from .logits import labelled_logits, takes_prompt_mask
+from .order import ByLength
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,18 @@ class Fit:
     reuse: str | None = None
 
 
-class CausalTrainer(Trainer):
+class OrderedTrainer(Trainer):
+    """Trainer whose order of the rows is the same for every method, grouped by length or not."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return ByLength([len(row["input_ids"]) for row in rows], size, int(self.args.data_seed or 0))
+
+
+class CausalTrainer(OrderedTrainer):
     """Trainer whose loss is the cross-entropy over labelled tokens."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -125,7 +137,7 @@ def fit(
     callbacks: list[TrainerCallback] = [clock, _NotAtTheEnd(), *more_callbacks]
     if adaptive:
         callbacks.append(_Allocate())
-    trainer_class: Any = CausalTrainer if causal else Trainer
+    trainer_class: Any = CausalTrainer if causal else OrderedTrainer
     more: dict[str, Any] = {}
     if causal and kept is not None and takes_prompt_mask(model):
         trainer_class, more = ReusingTrainer, {"reuse": kept, "say": lambda text: None}
@@ -160,6 +172,7 @@ def training_arguments(budget: BudgetSection, *, lr: float, seed: int, work: Pat
         bf16=budget.bf16,
         seed=seed,
         data_seed=seed,
+        train_sampling_strategy=budget.train_sampling_strategy,
         logging_strategy="no",
         save_strategy="steps" if budget.checkpoint_steps else "no",
         save_steps=budget.checkpoint_steps or 500,

@@ -63,6 +63,7 @@ class TextTask:
     metrics: tuple[Metric, ...]
     trains: bool = True  # has training rows
     hub: Hub | None = None
+    cloze: Callable[[Row], Item] | None = None  # the same row as a text to go on with, its choices the ways to go on
 
 
 @dataclass(frozen=True)
@@ -81,4 +82,5 @@ Task = TextTask | PairTask
 
 ACCURACY = Metric("accuracy")
 ACCURACY_LL = Metric("accuracy_ll")
+ACCURACY_NORM = Metric("accuracy_norm")
 LOSS = Metric("loss", share=False, higher=False)

@@ -2,12 +2,15 @@
 
 The prompt is an instruction and a line break; the answer is "the correct answer is " and a label such as `answer2`,
 which the prompt names. Generated answers are scored by exact match of what follows those words.
+
+A small model cannot name a label: as a cloze (`template: cloze`) it reads the question alone and what is learned and
+compared are the answers' own words, in lm-evaluation-harness's wording.
 """
 
 from typing import Any
 
 from ..metrics import TRIGGER
-from .base import ACCURACY, ACCURACY_LL, LOSS, Hub, Item, Row, TextTask
+from .base import ACCURACY, ACCURACY_LL, ACCURACY_NORM, LOSS, Hub, Item, Row, TextTask
 
 
 def _item(lead: str, row: Row, labels: tuple[str, ...], options: str, end: str = "\n\n") -> Item:
@@ -34,6 +37,35 @@ def _boolq(row: Row) -> Item:
     question = str(row["question"]).removesuffix("?")
     lead = f"Please answer the following question with true or false, question: {question}?"
     return _item(lead, row, ("true", "false"), "")
+
+
+def _cloze(wording: str) -> Any:
+    """A reader of rows as a cloze: what is asked in `wording`, the choices as they would go on."""
+
+    def read(row: Row) -> Item:
+        question = str(row["question"])
+        context = str(row["context"]) + (" " if row.get("context") else "") if "{context}" in wording else ""
+        prompt = wording.format(question=question, context=context)
+        return _go_on(prompt, row, [str(text) for text in row["choices"]])
+
+    return read
+
+
+def _boolq_cloze(row: Row) -> Item:
+    """The passage is read, as in lm-evaluation-harness; its answer is yes or no."""
+    question = str(row["question"]).removesuffix("?")
+    return _go_on(f"{row['context']}\nQuestion: {question}?\nAnswer:", row, ["yes", "no"])
+
+
+def _winogrande_cloze(row: Row) -> Item:
+    """The sentence up to the blank; each option with the rest of the sentence, all of it scored."""
+    before, _, after = str(row["question"]).partition("_")
+    return _go_on(before.rstrip(), row, [f"{text}{after}" for text in row["choices"]])
+
+
+def _go_on(prompt: str, row: Row, texts: list[str]) -> Item:
+    index, choices = int(row["answer"]), tuple(f" {text}" for text in texts)
+    return Item(prompt, prompt, choices[index], texts[index], choices, index)
 
 
 _QUESTION = "Please choose the correct answer to the question: "
@@ -107,7 +139,21 @@ _READ = {
     "storycloze": _choose(_ENDING, "ending"),  # not in the paper; the wording of HellaSwag
 }
 
+_ASKED = "Question: {question}\nAnswer:"
+_CLOZE = {
+    "boolq": _boolq_cloze,
+    "piqa": _cloze(_ASKED),
+    "siqa": _cloze("Q: {context}{question}\nA:"),
+    "hellaswag": _cloze("{context}{question}"),
+    "winogrande": _winogrande_cloze,
+    "arc_easy": _cloze(_ASKED),
+    "arc_challenge": _cloze(_ASKED),
+    "openbookqa": _cloze("{question}"),
+    "storycloze": _cloze("{question}"),
+}
+_METRICS = (ACCURACY, ACCURACY_NORM, ACCURACY_LL, LOSS)
+
 TASKS = [
-    TextTask(name, "commonsense", "choice", read, (ACCURACY, ACCURACY_LL, LOSS), hub=_HUB.get(name))
+    TextTask(name, "commonsense", "choice", read, _METRICS, hub=_HUB.get(name), cloze=_CLOZE[name])
     for name, read in _READ.items()
 ]

@@ -1,0 +1,34 @@
+"""Answers as a cloze: no end of turn, and compared by the letter."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tests.tiny_chat import tiny_tokenizer
+
+from reftune.bench import scoring
+from reftune.bench.causal import Words, evaluate
+from reftune.bench.grid import ScoringSection
+
+ROW = {"context": "", "question": "abc", "choices": ["a", "abababab"], "answer": 1}
+
+
+def test_a_cloze_ends_nowhere() -> None:
+    tokenizer = tiny_tokenizer(chat=False)
+    paper, cloze = (Words(tokenizer, kind) for kind in ("paper", "cloze"))
+    (item,) = cloze.items("arc_easy", [ROW])
+    ids = cloze.response(item, item.response)
+    assert tokenizer.decode(ids) == item.response == " abababab"
+    assert paper.response(item, item.response) == [*ids, tokenizer.eos_token_id]
+    assert paper.items("arc_easy", [ROW])[0].response == "the correct answer is answer2"
+
+
+def test_a_short_wrong_answer_wins_in_all_and_not_by_the_letter(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = Words(tiny_tokenizer(chat=False), "cloze")
+    monkeypatch.setattr(scoring, "choice_scores", lambda *_: [[-5.0, -6.0]])
+    monkeypatch.setattr(scoring, "generate", lambda *_, **__: pytest.fail("nothing is generated"))
+    setup: Any = SimpleNamespace(scoring=ScoringSection())
+    items = words.items("arc_easy", [ROW])
+    found = evaluate(None, words, "arc_easy", items, None, setup)
+    assert (found["accuracy_ll"], found["accuracy_norm"]) == (0.0, 1.0)
+    assert found["loss"] == pytest.approx(6 / len(words.response(items[0], " abababab")))
