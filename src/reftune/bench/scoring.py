@@ -45,7 +45,11 @@ def choice_scores(
 ) -> list[list[float]]:
     """Σ log p of every choice after its prompt. Each prompt is read once; its cache is repeated for its choices."""
     found: list[list[float]] = [[] for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: (len(choices[i]), -len(prompts[i])))
+
+    def size(i: int) -> int:  # the tokens that row i is, its choices padded to the longest
+        return len(prompts[i]) + len(choices[i]) * max(map(len, choices[i]))
+
+    order = sorted(range(len(prompts)), key=lambda i: (len(choices[i]), -size(i)))
     while order:
         count = len(choices[order[0]])  # a batch's prompts have as many choices each
         chosen = [i for i in order[:batch_size] if len(choices[i]) == count]
@@ -73,15 +77,17 @@ def _batch_scores(model: Any, prompts: list[Ids], choices: list[list[Ids]], pad_
     scores = first.gather(1, tokens[:, :1]).squeeze(1)
     if tokens.shape[1] > 1:
         whole = torch.cat([mask.repeat_interleave(count, 0), real[:, :-1]], 1)
-        rest = model(
-            input_ids=tokens[:, :-1],
-            attention_mask=whole,
-            position_ids=_positions(whole)[:, mask.shape[1] :],
-            use_cache=True,
-            **{str(cache_name(base)): cache},
-        ).logits
-        each = rest.float().log_softmax(-1).gather(2, tokens[:, 1:].unsqueeze(2)).squeeze(2)
-        scores = scores + (each * real[:, 1:]).sum(1)
+        follows = real[:, 1:].bool()
+        with output_layer(model, follows):
+            rest = model(
+                input_ids=tokens[:, :-1],
+                attention_mask=whole,
+                position_ids=_positions(whole)[:, mask.shape[1] :],
+                use_cache=True,
+                **{str(cache_name(base)): cache},
+            ).logits
+        each = -torch.nn.functional.cross_entropy(rest.float(), tokens[:, 1:][follows], reduction="none")
+        scores = scores.index_add(0, follows.nonzero()[:, 0], each)
     return scores.view(len(prompts), count)
 
 
