@@ -255,6 +255,33 @@ def test_raw_paths_as_in_pyreft(component: str, site: Site) -> None:
     assert str(site) == component.replace("[", ".").replace("]", "")
 
 
+def test_a_path_inside_the_blocks_is_a_site_of_each_layer() -> None:
+    model = llama()
+    found = find_sites(model, [0, 2], "mlp.down_proj.input")
+    assert found == [Site(f"model.layers.{i}.mlp.down_proj", "input", i) for i in (0, 2)]
+    assert find_sites(model, "all", "mlp.output") == find_sites(model, "all", "mlp_output")
+    with pytest.raises(ValueError, match=r"has no module 'mlp.dwn_proj'.*mlp.down_proj"):
+        find_sites(model, "all", "mlp.dwn_proj.input")
+    with pytest.raises(ValueError, match=r"has no module 'layers.2.mlp'"):
+        find_sites(model, "all", "layers[2].mlp.output")
+
+
+def test_a_path_that_only_some_blocks_have_names_those_layers() -> None:
+    model = llama()
+    del model.model.layers[1].mlp
+    with pytest.raises(ValueError, match=r"the layers 1 have no 'mlp.down_proj'. These have: \[0, 2"):
+        find_sites(model, "all", "mlp.down_proj.input")
+    assert len(find_sites(model, [0, 2], "mlp.down_proj.input")) == 2
+
+
+def test_a_list_in_every_block_is_no_place_to_edit() -> None:
+    model = llama()
+    for block in model.model.layers:
+        block.extra = nn.ModuleList([nn.Linear(2, 2)])
+    with pytest.raises(ValueError, match=r"'model.layers.0.extra' is a ModuleList; name a member"):
+        find_sites(model, "all", "extra.output")
+
+
 def test_an_unknown_path_names_paths_near_it() -> None:
     with pytest.raises(ValueError, match=r"LlamaForCausalLM has no module 'model.layers.2.mpl'.*model.layers.2.mlp"):
         find_sites(llama(), "mid", "model.layers[2].mpl.output")

@@ -45,12 +45,15 @@ def number_ranges(numbers: Iterable[int]) -> str:
 
 
 def find_sites(model: nn.Module, layers: Layers, component: str) -> list[Site]:
-    """The sites of a component at the given layers, or the one site that a raw path such as `"h.3.mlp.output"` names.
+    """The sites of a component at the given layers, or those that a path names.
+
+    A path that ends in `.output` or `.input` is that of a module of the model, such as `"h.3.mlp.output"`, which is one
+    site, or of a module in every block, such as `"mlp.down_proj.input"`, which is one site for each of the layers.
 
     Raises ValueError, naming what was looked for and the module paths that would do.
     """
     if component not in COMPONENTS:
-        return [_raw_site(model, component)]
+        return _in_blocks(model, layers, component) or [_raw_site(model, component)]
     blocks = find_blocks(model)
     where: Where = "input" if component.endswith("_input") else "output"
     return [Site(_component(model, blocks[i], component), where, i) for i in select_layers(layers, len(blocks))]
@@ -184,15 +187,48 @@ def _children(module: nn.Module, pattern: re.Pattern[str]) -> list[str]:
     return found
 
 
+def _in_blocks(model: nn.Module, layers: Layers, component: str) -> list[Site]:
+    """The sites of a module that is in the blocks; none if that is the path of a module of the model, or of none."""
+    if not _is_path(component):
+        return []
+    path, where = _parsed(component)
+    modules = dict(model.named_modules())
+    if path in modules or not any(name.endswith(f".{path}") for name in modules):
+        return []
+    blocks = find_blocks(model)
+    having = [i for i, block in enumerate(blocks) if f"{block}.{path}" in modules]
+    chosen = select_layers(layers, len(blocks)) if having else []
+    if lacking := sorted(set(chosen) - set(having)):
+        raise ValueError(
+            f"component={component!r}: the layers {number_ranges(lacking)} have no '{path}'. These have: {having}."
+        )
+    return [Site(_no_list(modules, f"{blocks[i]}.{path}", component), where, i) for i in chosen]
+
+
+def _is_path(component: str) -> bool:
+    return isinstance(component, str) and re.fullmatch(r"[^.].*\.(output|input)", component) is not None
+
+
+def _parsed(component: str) -> tuple[str, Where]:
+    path, where = re.sub(r"\[(\d+)\]", r".\1", component).rsplit(".", 1)
+    return path, "input" if where == "input" else "output"
+
+
+def _no_list(modules: dict[str, nn.Module], path: str, component: str) -> str:
+    if isinstance(modules[path], (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterDict)):
+        raise ValueError(f"component={component!r}: '{path}' is a {type(modules[path]).__name__}; name a member of it.")
+    return path
+
+
 def _raw_site(model: nn.Module, component: str) -> Site:
-    if not isinstance(component, str) or not re.fullmatch(r"[^.].*\.(output|input)", component):
+    if not _is_path(component):
         near = difflib.get_close_matches(str(component), COMPONENTS, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(
             f"Unknown component {component!r}.{hint} Known: {', '.join(COMPONENTS)}, or a module path that ends in "
-            "'.output' or '.input', such as 'model.layers[3].mlp.output'."
+            "'.output' or '.input', such as 'model.layers[3].mlp.output', or 'mlp.output' in every layer."
         )
-    path, where = re.sub(r"\[(\d+)\]", r".\1", component).rsplit(".", 1)
+    path, where = _parsed(component)
     modules = dict(model.named_modules())
     if path not in modules:
         near = difflib.get_close_matches(path, list(modules), n=3, cutoff=0.3) or _examples(model)
@@ -200,10 +236,9 @@ def _raw_site(model: nn.Module, component: str) -> Site:
             f"component={component!r}: {type(model).__name__} has no module '{path}'. "
             f"Near it: {', '.join(near)} (add '.output' or '.input')."
         )
-    if isinstance(modules[path], (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterDict)):
-        raise ValueError(f"component={component!r}: '{path}' is a {type(modules[path]).__name__}; name a member of it.")
+    _no_list(modules, path, component)
     layer = re.search(r"\.(\d+)(\.|$)", path)
-    return Site(path, "input" if where == "input" else "output", int(layer[1]) if layer else None)
+    return Site(path, where, int(layer[1]) if layer else None)
 
 
 def _examples(model: nn.Module) -> list[str]:

@@ -111,7 +111,10 @@ def test_what_can_be_one_expression_is_one():
 
 @pytest.mark.parametrize(
     "component",
-    ["mlp_output", "attention_output", "block_input", "model.layers[2].mlp.output", ["attention_input", "mlp_input"]],
+    [
+        *("mlp_output", "attention_output", "block_input", "model.layers[2].mlp.output", "mlp.down_proj.input"),
+        ["attention_input", "mlp_input"],
+    ],
 )
 def test_other_components(component):
     one = {"component": component, "positions": "l2"}

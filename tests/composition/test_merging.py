@@ -135,6 +135,16 @@ def test_the_input_of_a_linear_layer(name, kind):
     assert_close(logits(model.merge_and_unload()), wanted)
 
 
+def test_every_place_that_a_lora_reads_or_writes():
+    """What all linear layers of a block read and what its parts write, in every layer."""
+    places = ["attention_input", "self_attn.o_proj.input", "attention_output"]
+    places += ["mlp_input", "mlp.down_proj.input", "mlp_output"]
+    model = several("llama", a={"positions": "all", "layers": "all", "component": places, "intervention": "nodireft"})
+    assert len(list(model.base_model.session.sites.values())) == 6
+    wanted = logits(model)
+    assert_close(logits(model.merge_and_unload()), wanted)
+
+
 def test_in_fp32_to_1e_5():
     model = several(base=tiny_llama(), a={"positions": "all", "component": "mlp_output", "layers": "all"})
     wanted = logits(model)

@@ -40,7 +40,8 @@ class ReftConfig(PeftConfig):
             such as "50%-70%".
         positions: tokens to edit, such as "f2+l2"; see `reftune.positions.grammar`.
         component: "block_output", "block_input", "attention_output", "attention_input", "mlp_output", "mlp_input", or a
-            module path ending in ".output" or ".input". A list edits each of them, with weights of its own.
+            module path ending in ".output" or ".input", from the model ("model.layers[3].mlp.output", whatever `layers`
+            says) or from the block ("mlp.down_proj.input"). A list edits each of them, with weights of its own.
         intervention: kind, or its class: "loreft", "noreft", "consreft", "lobireft", "direft", "nodireft" (the
             paper's DiReFT), "red", "reft_r1", "postblock", or one registered with `register_intervention`.
         share_weights: one intervention per layer for all terms of `positions`, instead of one per term.
