@@ -42,8 +42,10 @@ class Fit:
 class OrderedTrainer(Trainer):
     """Trainer whose order of the rows is the same for every method, grouped by length or not."""
 
+    by_length = False  # not the argument of that name, which transformers 5.0 lacks, and which takes its own sampler
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        if self.args.train_sampling_strategy != "group_by_length":
+        if not self.by_length:
             return super()._get_train_sampler(train_dataset)
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
         size = self.args.train_batch_size * self.args.gradient_accumulation_steps
@@ -144,6 +146,7 @@ def fit(
     trainer = trainer_class(
         model=model, args=arguments, train_dataset=rows, data_collator=collator, callbacks=callbacks, **more
     )
+    trainer.by_length = budget.train_sampling_strategy == "group_by_length"
     _quiet(trainer)
     checkpoint = last_whole_checkpoint(work) if budget.checkpoint_steps else None
     started, cpu = time.perf_counter(), time.process_time()
@@ -172,7 +175,6 @@ def training_arguments(budget: BudgetSection, *, lr: float, seed: int, work: Pat
         bf16=budget.bf16,
         seed=seed,
         data_seed=seed,
-        train_sampling_strategy=budget.train_sampling_strategy,
         logging_strategy="no",
         save_strategy="steps" if budget.checkpoint_steps else "no",
         save_steps=budget.checkpoint_steps or 500,
