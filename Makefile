@@ -30,6 +30,7 @@ test-oldest: install-dev
 	test -d $(OLDEST)/transformers || $(BIN)/pip install --quiet --target $(OLDEST) --constraint constraints.txt 'transformers==5.0.0'
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/integration tests/tuner tests/properties tests/checkpoint \
 		tests/train/test_reuse.py tests/train/test_reuse_store.py tests/train/test_reuse_attention.py \
+		tests/bench/test_training.py \
 		-m 'not real' -k 'not (jamba or recurrent_gemma or eurobert or chunked or prompt_lookup)'
 
 # What benchmarks/against_pyreft.py compares with: pyreft and the old packages it needs, beside our own.
