@@ -3,7 +3,8 @@
 A model's blocks are the `ModuleList` whose members can be gradient-checkpointed, or that the model names in
 `_no_split_modules` or `_can_record_outputs["hidden_states"]`: those of the decoder, or of the encoder of an
 encoder-decoder. A component is what goes into or comes out of the block, or of the child that it calls its attention or
-its feed-forward: in most models the input of those is what their norm has made of the residual stream.
+its feed-forward: in most models the input of those is what their norm has made of the residual stream. Any
+other module is named by its path, in the model or in every block.
 """
 
 import contextlib

@@ -32,16 +32,16 @@ def test_orthonormal_rows_is_idempotent_bit_for_bit(d: int, scale: float, seed: 
 def test_stacked_equals_single(d: int, count: int, seed: int, data: st.DataObject) -> None:
     """To the bit where rows are orthonormal already; LAPACK's last bit may depend on where a matrix lies in memory."""
     torch.manual_seed(seed)
-    matrices = torch.randn(count, data.draw(st.integers(1, max(1, d // 2))), d)  # a square one may be singular
+    matrices = torch.randn(count, data.draw(st.integers(1, d)), d)
     matrices[::2] = orthonormal_rows(matrices[::2])  # those on the manifold stay beside those that are not
     stacked = orthonormal_rows(matrices)
     for i, (matrix, rows) in enumerate(zip(matrices, stacked, strict=True)):
         assert i % 2 or torch.equal(matrix, rows)
-        torch.testing.assert_close(orthonormal_rows(matrix), rows, rtol=0, atol=1e-4)
+        bound = 1e-6 * max(1.0, float(torch.linalg.cond(matrix)))  # of a QR's rounding
+        torch.testing.assert_close(orthonormal_rows(matrix), rows, rtol=0, atol=bound)
     parameters = [torch.nn.Parameter(m.clone()) for m in matrices]
     retract_(parameters)
-    torch.testing.assert_close(torch.stack([p.detach() for p in parameters]), stacked, rtol=0, atol=1e-4)
-    assert all(torch.equal(p, rows) for p, rows in zip(parameters[::2], stacked[::2], strict=True))
+    assert torch.equal(torch.stack([p.detach() for p in parameters]), stacked)
 
 
 def test_the_projection_keeps_the_row_space_and_the_first_direction() -> None:

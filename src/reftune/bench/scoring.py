@@ -54,8 +54,7 @@ def choice_scores(
         count = len(choices[order[0]])  # a batch's prompts have as many choices each
         chosen = [i for i in order[:batch_size] if len(choices[i]) == count]
         order = order[len(chosen) :]
-        with output_layer(model):
-            scores = _batch_scores(model, [prompts[i] for i in chosen], [list(choices[i]) for i in chosen], pad_id)
+        scores = _batch_scores(model, [prompts[i] for i in chosen], [list(choices[i]) for i in chosen], pad_id)
         for i, row in zip(chosen, scores.tolist(), strict=True):
             found[i] = row
     return found
@@ -65,7 +64,9 @@ def _batch_scores(model: Any, prompts: list[Ids], choices: list[list[Ids]], pad_
     """(prompts, choices) log-likelihoods; the same number of choices for each prompt."""
     count, device = len(choices[0]), model.device
     ids, mask = pad([*prompts], pad_id, left=True, device=device)
-    output = model(input_ids=ids, attention_mask=mask, position_ids=_positions(mask), use_cache=True, logits_to_keep=1)
+    where = {"attention_mask": mask, "position_ids": _positions(mask)}
+    with output_layer(model):
+        output = model(input_ids=ids, **where, use_cache=True, logits_to_keep=1)
     cache = cache_of(output)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not hasattr(cache, "batch_repeat_interleave"):
