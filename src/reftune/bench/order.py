@@ -1,8 +1,9 @@
 """The order of the rows with `train_sampling_strategy: group_by_length`: batches of rows of about one length.
 
 Of GLUE's tokens, padded to the longest of 16, 38 to 70 % are what was written (`benchmarks/padding.py`). The
-`LengthGroupedSampler` of transformers draws from the global generator, whose state is another for every method, and goes from long rows
-to short ones in each stretch; here the order is the seed's and the epoch's, and the batches come in any order.
+`LengthGroupedSampler` of transformers draws from the global generator, whose state is another for every method, and
+goes from long rows to short ones in each stretch; here the order is the seed's and the epoch's, and the batches come in
+any order.
 """
 
 import random
