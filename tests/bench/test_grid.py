@@ -88,6 +88,8 @@ def test_settings_by_task_and_by_method() -> None:
         ({"train": {"epochs": 0}}, "train.epochs must be above 0, but is 0"),
         ({"rows": {"train": -5}}, "rows.train must be at least 1"),
         ({"train": {"lr_scheduler": "zigzag"}}, "lr_scheduler 'zigzag' is none of linear"),
+        ({"train": {"head_lr": 0}}, "train.head_lr must be above 0, but is 0"),
+        ({"suite": "arithmetic", "train": {"head_lr": 1e-3}}, "a classifier's head, and arithmetic trains none"),
         ({"suite": "arithmetic", "train": {"keep": "best"}}, "keep: best is for GLUE"),
         ({"dtype": "float99"}, "no dtype of torch"),
         ({"attention": "eagre"}, "attention 'eagre' is none of eager, "),

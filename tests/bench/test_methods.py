@@ -188,7 +188,7 @@ def order(method: str, work: Path) -> list[int]:
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     collator = Recorder()
     budget = BudgetSection(steps=12, batch_size=4)
-    found = fit(model, rows, collator, budget, lr=1e-2, seed=7, causal=True, work=work)
+    found = fit(model, rows, collator, budget, lr=1e-2, seed=7, head=[], work=work)
     assert found.steps == 12
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert changed

@@ -223,6 +223,21 @@ def test_the_best_epoch_is_kept(places: dict[str, str], tmp_path: Path, monkeypa
     assert kept["train_loss"] == last["train_loss"]
 
 
+def test_the_heads_rate_is_every_methods_but_the_probes(places: dict[str, str], tmp_path: Path) -> None:
+    methods = [{"method": method, "lrs": [1e-2]} for method in ("loreft", "probe")]
+
+    def losses(**train: Any) -> dict[str, float]:
+        directory = tmp_path / str(train)
+        run_grid(
+            glue(places, methods=methods, seeds=[0], train=TRAIN | train), directory, data=places["data"], say=silent
+        )
+        return {row["method"]: row["train_loss"] for row in read_rows(directory)}
+
+    one, own = losses(), losses(head_lr=1e-4)
+    assert one["probe"] == own["probe"]
+    assert one["loreft"] != own["loreft"]
+
+
 def test_selection_by_score_scores_the_selection_rows(places: dict[str, str], tmp_path: Path) -> None:
     content = {"suite": "commonsense", "tasks": ["boolq"], "model": places["causal"], "seeds": [0], "train": TRAIN}
     methods = [{"method": "loreft", "lrs": [1e-3, 1e-2]}]

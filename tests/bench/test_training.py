@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from tests.bench.places import tiny_encoder
 from tests.conftest import tiny_llama
 from tests.tiny_chat import tiny_tokenizer
 
+from reftune.bench.classify import Collator
 from reftune.bench.grid import BudgetSection
 from reftune.bench.methods import METHODS, attach, resolve
+from reftune.bench.models import head_modules, load_classifier
 from reftune.bench.order import ByLength
 from reftune.bench.training import fit
 from reftune.data import ReftDataCollator
@@ -36,7 +39,7 @@ def test_a_cut_off_run_goes_on_from_its_checkpoint(method: str, tmp_path: Path) 
         return attach(tiny_llama(), resolve(method, "commonsense", {"positions": "l1"}), head=[], steps=8)[0]
 
     def train(made: Any, collator: Any, work: str) -> Any:
-        return fit(made, rows, collator, budget, lr=1e-2, seed=1, causal=True, work=tmp_path / work)
+        return fit(made, rows, collator, budget, lr=1e-2, seed=1, head=[], work=tmp_path / work)
 
     whole = model()
     assert not train(whole, ReftDataCollator(tiny_tokenizer()), "whole").resumed
@@ -50,6 +53,28 @@ def test_a_cut_off_run_goes_on_from_its_checkpoint(method: str, tmp_path: Path) 
         assert torch.equal(a, b), name
 
 
+@pytest.mark.parametrize("method", ["loreft", "lora", "full"])
+def test_the_head_has_a_rate_of_its_own(method: str, tmp_path: Path) -> None:
+    encoder = tiny_encoder(tmp_path / "encoder")
+    rows = [{"input_ids": [i, 3, 60], "labels": i % 2} for i in range(4, 20)]
+
+    def trained(lr: float, head_lr: float) -> tuple[bool, bool]:
+        """Whether the head and the rest have moved."""
+        model, tokenizer = load_classifier(str(encoder), 2, 0, None, None)
+        head = head_modules(model)
+        assert set(head) == {"pooler", "classifier"}
+        model, _ = attach(model, resolve(method, "glue", {}), head=head, steps=3)
+        before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        budget = BudgetSection(steps=3, batch_size=4, head_lr=head_lr)
+        fit(model, rows, Collator(tokenizer), budget, lr=lr, seed=1, head=head, work=tmp_path)
+        moved = {name for name, p in model.named_parameters() if name in before and not torch.equal(p, before[name])}
+        in_head = {name for name in moved if set(name.split(".")) & set(head)}
+        return bool(in_head), bool(moved - in_head)
+
+    assert trained(0.0, 1e-2) == (True, False)
+    assert trained(1e-2, 0.0) == (False, True)
+
+
 def test_runs_share_what_is_kept(tmp_path: Path) -> None:
     rows = [{"input_ids": [i, 3, 4, 60, 61], "labels": [-100] * 3 + [60, 61]} for i in range(2, 10)]
     kept = MemoryStore(10**8)
@@ -58,7 +83,7 @@ def test_runs_share_what_is_kept(tmp_path: Path) -> None:
         model, _ = attach(tiny_llama(), resolve("loreft", "commonsense", {"positions": "l1"}), head=[], steps=2)
         budget = BudgetSection(epochs=epochs, batch_size=4)
         collator = ReftDataCollator(tiny_tokenizer())
-        made = fit(model, rows, collator, budget, lr=1e-2, seed=seed, causal=True, work=tmp_path, kept=kept)
+        made = fit(model, rows, collator, budget, lr=1e-2, seed=seed, head=[], work=tmp_path, kept=kept)
         assert made.reuse is not None
         assert "keys and values before the first edited token are computed once" in made.reuse
         assert kept.computed == computed
@@ -105,7 +130,7 @@ def test_rows_grouped_by_length_are_the_same_for_every_method_and_after_a_cut(tm
         model = attach(tiny_llama(), resolve(method, "commonsense", {"positions": "l1"}), head=[], steps=24)[0]
         seen = Seen(cut)
         with contextlib.suppress(KeyboardInterrupt):
-            fit(model, rows, seen, budget, lr=1e-2, seed=1, causal=True, work=tmp_path / work)
+            fit(model, rows, seen, budget, lr=1e-2, seed=1, head=[], work=tmp_path / work)
         return model, seen.lengths
 
     whole, seen = train("loreft", "whole")

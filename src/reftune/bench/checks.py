@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _LEAST: dict[str, dict[str, float]] = {
     "train": {
         **{"steps": 1, "batch_size": 1, "gradient_accumulation_steps": 1, "max_length": 2, "checkpoint_steps": 1},
-        **{"epochs": 1e-9, "warmup": 0, "weight_decay": 0, "max_grad_norm": 0},
+        **{"epochs": 1e-9, "head_lr": 1e-12, "warmup": 0, "weight_decay": 0, "max_grad_norm": 0},
     },
     "rows": {"train": 1, "select": 1, "test": 1},
     "sweep": {"steps": 1},
@@ -95,6 +95,8 @@ def check_methods(found: "Iterable[Job]") -> None:
     """Raise RecipeError for settings that a method's own config refuses, or a budget that is none."""
     for job in found:
         _least("train", job.settings["train"], f"train of {job.method.name}")
+        if job.settings["train"]["head_lr"] is not None and job.suite != "glue":
+            raise RecipeError(f"train.head_lr is the rate of a classifier's head, and {job.suite} trains none.")
         try:
             configuration(job.method, head=["classifier"] if job.suite == "glue" else [], steps=100)
         except (TypeError, ValueError) as error:

@@ -43,6 +43,7 @@ class BudgetSection:
     epochs: float = 3.0
     batch_size: int = 8
     gradient_accumulation_steps: int = 1
+    head_lr: float | None = None  # GLUE: of the head beside every method but the probe; null: the method's rate
     warmup: float = 0.1  # below 1 a share of the steps
     weight_decay: float = 0.0
     lr_scheduler: str = "linear"

@@ -86,14 +86,15 @@ def train_method(
     model, counts = attach(model, job.method, head=head, steps=steps)
     if job.method.method == "base":
         return model.eval(), counts, NOTHING
+    probe = job.method.method == "probe"  # all that it trains is the head, at the rate chosen for it
     fitted = fit(
         model,
         rows,
         collator,
-        setup.train,
+        dataclasses.replace(setup.train, head_lr=None) if probe else setup.train,
         lr=setup.lr,
         seed=job.seed,
-        causal=not head,
+        head=head,
         work=setup.work,
         kept=setup.kept,
         more_callbacks=callbacks,

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from reftune.train.head_rate import HeadRate
 from reftune.train.resuming import last_whole_checkpoint
 from reftune.train.reuse import Store
 from reftune.train.trainer import ReusesFrozenBase
@@ -39,7 +40,7 @@ class Fit:
     reuse: str | None = None
 
 
-class OrderedTrainer(Trainer):
+class OrderedTrainer(HeadRate, Trainer):
     """Trainer whose order of the rows is the same for every method, grouped by length or not."""
 
     by_length = False  # not the argument of that name, which transformers 5.0 lacks, and which takes its own sampler
@@ -121,13 +122,14 @@ def fit(
     *,
     lr: float,
     seed: int,
-    causal: bool,
+    head: list[str],
     work: Path,
     kept: Store | None = None,
     more_callbacks: Sequence[TrainerCallback] = (),
 ) -> Fit:
     """Train `model` in place.
 
+    `head` names the modules of a classifier's head ([] for a causal model), which learn at the budget's `head_lr`.
     `work` holds checkpoints, if any are written; a run goes on from the last whole one. `kept` holds what a causal
     model's runs with ReFT share of the frozen base; None: nothing is reused.
     """
@@ -139,13 +141,14 @@ def fit(
     callbacks: list[TrainerCallback] = [clock, _NotAtTheEnd(), *more_callbacks]
     if adaptive:
         callbacks.append(_Allocate())
-    trainer_class: Any = CausalTrainer if causal else OrderedTrainer
+    trainer_class: Any = OrderedTrainer if head else CausalTrainer
     more: dict[str, Any] = {}
-    if causal and kept is not None and takes_prompt_mask(model):
+    if not head and kept is not None and takes_prompt_mask(model):
         trainer_class, more = ReusingTrainer, {"reuse": kept, "say": lambda text: None}
     trainer = trainer_class(
         model=model, args=arguments, train_dataset=rows, data_collator=collator, callbacks=callbacks, **more
     )
+    trainer.head_lr, trainer.head_modules = budget.head_lr, head
     trainer.by_length = budget.train_sampling_strategy == "group_by_length"
     _quiet(trainer)
     checkpoint = last_whole_checkpoint(work) if budget.checkpoint_steps else None

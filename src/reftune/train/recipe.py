@@ -71,6 +71,7 @@ class TrainSection:
     batch_size: int = _key(8, "Examples per forward pass on each device.")
     gradient_accumulation_steps: int = _key(1, "Forward passes per optimiser step.")
     lr: float = _key(9e-4, "Peak learning rate of AdamW.")
+    head_lr: float | None = _key(None, "Peak learning rate of modules_to_save; null: lr.")
     lr_scheduler: str = _key("linear", "linear, cosine, constant, constant_with_warmup ...")
     warmup: float = _key(0.0, "Warm-up: below 1 a share of all steps, else a number of steps.")
     weight_decay: float = _key(0.0, "AdamW's weight decay.")

@@ -77,6 +77,7 @@ def train(
         eval_dataset=eval_rows,
         data_collator=ReftDataCollator(tokenizer),
         callbacks=[ProgressCallback()],
+        head_lr=recipe.train.head_lr,
         reuse=recipe.train.reuse,
         reuse_budget=recipe.train.reuse_budget,
         reuse_dir=recipe.train.reuse_dir,

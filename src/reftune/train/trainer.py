@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import transformers
 
+from .head_rate import HeadRate
 from .reuse.check import check
 from .reuse.engine import Reuse
 from .reuse.store import DiskStore, MemoryStore, Store, size_words
@@ -172,8 +173,9 @@ class ReusesFrozenBase:
         return own.state.num_train_epochs > 1
 
 
-class ReftTrainer(ReusesFrozenBase, transformers.Trainer):
-    """`transformers.Trainer` for a model with ReFT; see `ReusesFrozenBase` for `reuse`, `reuse_budget`, `reuse_dir`.
+class ReftTrainer(HeadRate, ReusesFrozenBase, transformers.Trainer):
+    """`transformers.Trainer` for a model with ReFT; see `ReusesFrozenBase` for `reuse`, `reuse_budget`, `reuse_dir`,
+    and `HeadRate` for `head_lr`, the rate of `modules_to_save`.
 
     Without a data_collator, and with a tokenizer as processing_class, it takes `ReftDataCollator`.
     """
