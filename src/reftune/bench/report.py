@@ -25,6 +25,7 @@ class Summary:
     seconds: list[float] = field(default_factory=list)
     step: list[float] = field(default_factory=list)
     rates: dict[str, float | None] = field(default_factory=dict)
+    head_rates: dict[str, float] = field(default_factory=dict)  # where the head has a rate of its own
     at_end: set[str] = field(default_factory=set)
     reuses: bool = False
 
@@ -45,6 +46,9 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[Summary]:
         one.seconds.append(_training_time(row))
         one.step.append(row["seconds"]["step"])
         one.rates[row["task"]] = row["lr"]
+        head_lr, kind = row["spec"]["train"].get("head_lr"), row["spec"].get("method", {}).get("method")
+        if head_lr is not None and kind != "probe":
+            one.head_rates[row["task"]] = head_lr
         one.reuses |= bool(row.get("reuse"))
         if row.get("lr_at_end"):
             one.at_end.add(row["task"])
@@ -130,7 +134,8 @@ def _rates(summaries: Sequence[Summary]) -> str:
         shown = []
         for name in tasks:
             rate = one.rates.get(name)
-            shown.append("–" if rate is None else f"{rate:g}{'†' if name in one.at_end else ''}")
+            head = f", head {one.head_rates[name]:g}" if name in one.head_rates else ""
+            shown.append("–" if rate is None else f"{rate:g}{'†' if name in one.at_end else ''}{head}")
         lines.append([one.method, *shown])
     short = [name if "+" not in name else "all tasks" for name in tasks]
     return _table(["method", *short], lines) + "\n\n† the best of the sweep lies at its end: a wider one may do better."
