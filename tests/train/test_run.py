@@ -122,3 +122,19 @@ def test_no_data_is_said_before_a_model_is_loaded(keys: dict[str, Any]) -> None:
 def test_words_for_people() -> None:
     assert size_words(19_400) == "19.4 kB"
     assert size_words(2_500_000) == "2.5 MB"
+
+
+def test_modules_trained_whole_have_a_rate_of_their_own(keys: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="head_lr is the rate of reft.modules_to_save, which names none"):
+        train(load_recipe(None, keys | {"head_lr": 1e-3}))
+    own = keys | {"modules_to_save": ["lm_head"], "max_steps": 2}
+    saved = []
+    for i, head_lr in enumerate((0.0, 1e-2)):
+        train(load_recipe(None, own | {"head_lr": head_lr, "output_dir": str(tmp_path / str(i))}))
+        saved.append(_weights(tmp_path / str(i)))
+    before = train(load_recipe(None, own | {"lr": 0.0, "head_lr": 0.0, "output_dir": str(tmp_path / "still")}))
+    still = _weights(before.output_dir)
+    (head,) = [name for name in still if "lm_head" in name]
+    assert torch.equal(saved[0][head], still[head])
+    assert not torch.equal(saved[1][head], still[head])
+    assert any(not torch.equal(saved[0][name], still[name]) for name in still if name != head)

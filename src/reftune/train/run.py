@@ -57,6 +57,8 @@ def train(
     checkpoint = _checkpoint(recipe, output_dir, say)
     if recipe.data.train is None:
         raise RecipeError("The recipe names no data: set data.train to a JSONL, CSV or Parquet file, or a hub id.")
+    if recipe.train.head_lr is not None and not recipe.reft.modules_to_save:
+        raise RecipeError("train.head_lr is the rate of reft.modules_to_save, which names none.")
     config = reft_config(recipe)  # before the slow steps: a wrong field is said at once
 
     base, tokenizer = loaded or load_model(recipe.model.name, dtype=recipe.model.dtype)
