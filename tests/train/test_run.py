@@ -125,7 +125,7 @@ def test_words_for_people() -> None:
 
 
 def test_modules_trained_whole_have_a_rate_of_their_own(keys: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="head_lr is the rate of reft.modules_to_save, which names none"):
+    with pytest.raises(RecipeError, match=r"head_lr is the rate of reft\.modules_to_save, which names none"):
         train(load_recipe(None, keys | {"head_lr": 1e-3}))
     own = keys | {"modules_to_save": ["lm_head"], "max_steps": 2}
     saved = []
