@@ -39,6 +39,19 @@ def test_a_grid_from_the_command_line_to_a_report(tmp_path: Path) -> None:
     assert text.startswith("# Tiny")
     assert "![glue-parameters](glue-parameters.png)" in text
     assert (tmp_path / "docs" / "glue-time.png").is_file()
+    kept = (tmp_path / "docs" / "results.jsonl").read_text()
+    assert len(kept.splitlines()) == 4
+    assert "host" not in kept
+    assert str(tmp_path / "data") not in kept
+
+    # the rows of a report go on with another method, and reports of several places are one
+    more = ["--out", str(tmp_path / "docs"), *options[2:], "--set", "methods=[{method: loreft, lrs: [0.01]}, full]"]
+    gone_on = call("run", str(grid), *more)
+    assert gone_on.exit_code == 0, gone_on.output
+    assert "5 runs done here, 0 left" in gone_on.stdout
+    together = call("report", out, str(tmp_path / "docs"))
+    assert all(f"| {method} |" in together.stdout for method in ("loreft", "probe", "full"))
+    assert "| loreft | 66 |" in together.stdout
     failed = call("run", str(grid), "--out", out, "--data", data)
     assert failed.exit_code == 1
     assert "FAILED" in failed.output

@@ -7,6 +7,7 @@ store.put(row); store.has(job.id); store.rows()
 import json
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,27 @@ from filelock import FileLock
 
 
 class Store:
-    """The results of a grid in a directory; several processes may write at once."""
+    """The results of a grid in a directory; several processes may write at once.
+
+    A directory that has a `results.jsonl` alone, such as a report's, goes on from it.
+    """
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         self._rows = self.directory / "rows"
-        self._rows.mkdir(parents=True, exist_ok=True)
+        if not self._rows.is_dir():
+            self.directory.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.directory / ".lock"):
+                if not self._rows.is_dir():
+                    self._begin()
+
+    def _begin(self) -> None:
+        work = self.directory / f".rows.{os.getpid()}"
+        work.mkdir(exist_ok=True)
+        if (self.directory / "results.jsonl").is_file():
+            for row in _lines(self.directory / "results.jsonl"):
+                _write(work / f"{row['id']}.json", json.dumps(row))
+        os.replace(work, self._rows)
 
     def has(self, name: str) -> bool:
         """Whether the run of that id is done."""
@@ -52,12 +68,27 @@ def read_rows(source: str | Path) -> list[dict[str, Any]]:
         rows = Store(path).rows()
     elif path.is_file() or (path / "results.jsonl").is_file():
         file = path if path.is_file() else path / "results.jsonl"
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = _lines(file)
     else:
         raise FileNotFoundError(f"No results in {path}: give the directory that `reftune bench run --out` wrote.")
     if not rows:
         raise ValueError(f"{path} has no results yet.")
     return rows
+
+
+def publish(rows: Iterable[dict[str, Any]], directory: str | Path) -> Path:
+    """Write rows as `results.jsonl`, without the names of the machine and the folder that they were made with."""
+    told = []
+    for row in rows:
+        machine = {key: value for key, value in row.get("machine", {}).items() if key != "host"}
+        told.append(row | {"machine": machine, "data": "hub" if row.get("data") == "hub" else "a folder"})
+    path = Path(directory) / "results.jsonl"
+    _write(path, "".join(json.dumps(_plain(row)) + "\n" for row in told))
+    return path
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def _write(path: Path, text: str) -> None:

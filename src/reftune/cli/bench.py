@@ -50,9 +50,11 @@ def run(
 
 @bench_app.command()
 def report(
-    results: Annotated[str, typer.Argument(metavar="DIR", help="What `run --out` wrote, or a results.jsonl.")],
+    results: Annotated[
+        list[str], typer.Argument(metavar="DIR...", help="What `run --out` or `--output` wrote, or a results.jsonl.")
+    ],
     output: Annotated[
-        str | None, typer.Option("--output", help="Directory for report.md and plots; else print.")
+        str | None, typer.Option("--output", help="Directory for report.md, the rows and plots; else print.")
     ] = None,
     title: Annotated[str, typer.Option("--title", help="Heading of the report.")] = "Results",
     plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Accuracy against parameters and time.")] = True,
@@ -60,20 +62,22 @@ def report(
     """Write the table (mean ± sd over seeds, parameters), the breakdown by task and the plots."""
     from reftune.bench import read_rows
     from reftune.bench import report as write
+    from reftune.bench.store import publish
 
-    rows = read_rows(results)
+    rows = list({row["id"]: row for source in results for row in read_rows(source)}.values())
     text = write(rows, title)
     if output is None:
         typer.echo(text)
         return
     place = Path(output)
     place.mkdir(parents=True, exist_ok=True)
-    made = []
+    made = [publish(rows, place)]
     if plots:
         from reftune.bench.plots import plot_all
 
-        made = plot_all(rows, place)
-        text += "".join(f"\n![{path.stem}]({path.name})\n" for path in made)
+        drawn = plot_all(rows, place)
+        text += "".join(f"\n![{path.stem}]({path.name})\n" for path in drawn)
+        made += drawn
     (place / "report.md").write_text(text, encoding="utf-8")
     typer.echo(f"Wrote {', '.join(str(path) for path in [place / 'report.md', *made])}.")
 
