@@ -8,7 +8,7 @@ import torch
 from test_reuse_trainer import arguments, model_for
 from transformers import BertConfig, BertForSequenceClassification, Trainer
 
-from reftune.train.head_rate import HeadRate
+from reftune.train import HeadRate
 from reftune.train.trainer import ReftTrainer
 
 ROWS = [{"input_ids": [3 + i, 5, 7, 2 + i % 3], "labels": i % 2} for i in range(16)]

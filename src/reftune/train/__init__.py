@@ -5,6 +5,7 @@ result = train(load_recipe("recipes/emoji.yaml"))
 result.output_dir, result.size
 """
 
+from reftune.train.head_rate import HeadRate
 from reftune.train.recipe import DataSection, ModelSection, Recipe, ReftSection, TrainSection
 from reftune.train.recipe_file import RecipeError, load_recipe, save_recipe, to_yaml
 from reftune.train.reuse import DiskStore, MemoryStore
@@ -14,6 +15,7 @@ from reftune.train.trainer import ReftTrainer, ReusesFrozenBase
 __all__ = [
     "DataSection",
     "DiskStore",
+    "HeadRate",
     "MemoryStore",
     "ModelSection",
     "Recipe",
