@@ -355,22 +355,6 @@ def test_reuse_is_auto_or_off(places: dict[str, str], tmp_path: Path) -> None:
         run_grid(glue(places), tmp_path, data=places["data"], reuse="disk")  # type: ignore[arg-type]
 
 
-def test_a_row_is_written_once(tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    row = {"id": "a", "started": "2", "x": float("nan")}
-    assert store.put(row)
-    assert not store.put(row | {"x": 1})
-    assert store.put({"id": "b", "started": "1"})
-    assert [found["id"] for found in store.rows()] == ["b", "a"]
-    assert store.get("a")["x"] is None
-    assert read_rows(tmp_path / "results.jsonl") == store.rows()
-    with pytest.raises(FileNotFoundError, match="No results in"):
-        read_rows(tmp_path / "nowhere")
-    Store(tmp_path / "empty")
-    with pytest.raises(ValueError, match="no results yet"):
-        read_rows(tmp_path / "empty")
-
-
 def test_time_left_goes_by_the_likes_of_what_is_missing(places: dict[str, str]) -> None:
     plan = jobs(glue(places))
     assert time_left(plan, [], 1) is None

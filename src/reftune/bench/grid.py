@@ -229,6 +229,8 @@ def _methods(grid: Grid, evaluated: tuple[str, ...]) -> list[tuple[Method, dict[
             method = dataclasses.replace(method, lrs=rates(lrs, f"per_task.{evaluated[0]}"))
         _known(BudgetSection, method.train, f"train of {method.name}")
         train = dataclasses.asdict(grid.train) | dict(budget) | method.train
+        if method.method == "probe":  # all that it trains is the head, at the rate chosen for it
+            train["head_lr"] = None
         settings = {
             "dtype": grid.dtype,
             "attention": grid.attention,

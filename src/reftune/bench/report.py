@@ -46,8 +46,7 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[Summary]:
         one.seconds.append(_training_time(row))
         one.step.append(row["seconds"]["step"])
         one.rates[row["task"]] = row["lr"]
-        head_lr, kind = row["spec"]["train"].get("head_lr"), row["spec"].get("method", {}).get("method")
-        if head_lr is not None and kind != "probe":
+        if (head_lr := row["spec"]["train"].get("head_lr")) is not None:
             one.head_rates[row["task"]] = head_lr
         one.reuses |= bool(row.get("reuse"))
         if row.get("lr_at_end"):

@@ -86,12 +86,11 @@ def train_method(
     model, counts = attach(model, job.method, head=head, steps=steps)
     if job.method.method == "base":
         return model.eval(), counts, NOTHING
-    probe = job.method.method == "probe"  # all that it trains is the head, at the rate chosen for it
     fitted = fit(
         model,
         rows,
         collator,
-        dataclasses.replace(setup.train, head_lr=None) if probe else setup.train,
+        setup.train,
         lr=setup.lr,
         seed=job.seed,
         head=head,

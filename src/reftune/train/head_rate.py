@@ -24,16 +24,17 @@ class HeadRate:
     head_modules: Collection[str] = ("modules_to_save",)  # parts of the names of what is the head
 
     def __init__(self, *args: Any, head_lr: float | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
         if head_lr is not None and head_lr < 0:
             raise ValueError(f"head_lr is a learning rate, and must be 0 or above, but is {head_lr}.")
+        super().__init__(*args, **kwargs)
         self.head_lr = head_lr
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own optimiser, the head in groups of its own."""
         own: Any = self
+        trainer: Any = super()
         given = own.optimizer is not None  # by the caller, whose groups are not ours to change
-        optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        optimizer = trainer.create_optimizer(*args, **kwargs)
         if self.head_lr is not None and not given:
             model = args[0] if args else kwargs.get("model") or own.model
             names = set(self.head_modules)

@@ -1,0 +1,46 @@
+"""Rows of results: written once, gone on from, published without names of places."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from reftune.bench.store import Store, publish, read_rows
+
+
+def test_a_row_is_written_once(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    row = {"id": "a", "started": "2", "x": float("nan")}
+    assert store.put(row)
+    assert not store.put(row | {"x": 1})
+    assert store.put({"id": "b", "started": "1"})
+    assert [found["id"] for found in store.rows()] == ["b", "a"]
+    assert store.get("a")["x"] is None
+    assert read_rows(tmp_path / "results.jsonl") == store.rows()
+    with pytest.raises(FileNotFoundError, match="No results in"):
+        read_rows(tmp_path / "nowhere")
+    Store(tmp_path / "empty")
+    with pytest.raises(ValueError, match="no results yet"):
+        read_rows(tmp_path / "empty")
+
+
+def test_a_directory_goes_on_from_a_results_file_alone(tmp_path: Path) -> None:
+    rows = [{"id": name, "started": name} for name in "ab"]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    store = Store(tmp_path)
+    assert store.rows() == rows
+    assert not store.put(rows[0])
+    assert store.put({"id": "c", "started": "c"})
+    assert [row["id"] for row in read_rows(tmp_path / "results.jsonl")] == ["a", "b", "c"]
+    (tmp_path / "rows" / "a.json").unlink()  # a row that was removed stays so
+    assert [row["id"] for row in Store(tmp_path).rows()] == ["b", "c"]
+    assert not list(tmp_path.glob(".rows*"))
+
+
+def test_published_rows_name_no_machine_and_no_folder(tmp_path: Path) -> None:
+    machine = {"host": "mine", "threads": 1, "device": "cpu"}
+    rows = [{"id": str(i), "started": "1", "data": data, "machine": machine} for i, data in enumerate(("/x", "hub"))]
+    found = read_rows(publish(rows, tmp_path))
+    assert [row["data"] for row in found] == ["a folder", "hub"]
+    assert all(row["machine"] == {"threads": 1, "device": "cpu"} for row in found)
+    assert rows[0]["machine"] == machine
