@@ -50,5 +50,6 @@ def test_glue_scores_by_hand() -> None:
     scores = glue_scores("stsb", [1.0, 2.0, 3.0], [2.0, 4.0, 6.0])
     assert scores == {"pearson": pytest.approx(1.0), "spearman": pytest.approx(1.0)}
     assert glue_scores("stsb", [1.0, 1.0, 1.0], [2.0, 4.0, 6.0]) == {"pearson": 0.0, "spearman": 0.0}
+    assert glue_scores("stsb", [1.0], [2.0]) == {"pearson": 0.0, "spearman": 0.0}  # scipy raises
     with pytest.raises(ValueError, match="2 predictions for 3"):
         glue_scores("rte", [1, 1], [1, 1, 0])
