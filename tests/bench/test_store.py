@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from reftune.bench.store import Store, publish, read_rows
+from reftune.bench.store import Store, done, publish, read_rows
 
 
 def test_a_row_is_written_once(tmp_path: Path) -> None:
@@ -27,6 +27,7 @@ def test_a_row_is_written_once(tmp_path: Path) -> None:
 def test_a_directory_goes_on_from_a_results_file_alone(tmp_path: Path) -> None:
     rows = [{"id": name, "started": name} for name in "ab"]
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert done(tmp_path) == {"a", "b"}
     store = Store(tmp_path)
     assert store.rows() == rows
     assert not store.put(rows[0])
@@ -35,6 +36,9 @@ def test_a_directory_goes_on_from_a_results_file_alone(tmp_path: Path) -> None:
     (tmp_path / "rows" / "a.json").unlink()  # a row that was removed stays so
     assert [row["id"] for row in Store(tmp_path).rows()] == ["b", "c"]
     assert not list(tmp_path.glob(".rows*"))
+    assert done(tmp_path) == {"b", "c"}
+    assert done(tmp_path / "nowhere") == set()
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_published_rows_name_no_machine_and_no_folder(tmp_path: Path) -> None:

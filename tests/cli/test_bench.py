@@ -31,6 +31,10 @@ def test_a_grid_from_the_command_line_to_a_report(tmp_path: Path) -> None:
     done = call("run", str(grid), *options)
     assert done.exit_code == 0, done.output
     assert "4 runs done here, 0 left" in done.stdout
+    again = call("run", str(grid), *options, "--set", "seeds=[1, 2]", "--dry-run").stdout
+    assert "4 runs" in again
+    assert "final; 2 are done." in again
+    assert sorted("-s1-" in line for line in again.splitlines() if line.endswith(" (done)")) == [True, True]
     shown = call("report", out)
     assert "| loreft | 66 |" in shown.stdout
     written = call("report", out, "--output", str(tmp_path / "docs"), "--title", "Tiny")
@@ -48,6 +52,7 @@ def test_a_grid_from_the_command_line_to_a_report(tmp_path: Path) -> None:
     more = ["--out", str(tmp_path / "docs"), *options[2:], "--set", "methods=[{method: loreft, lrs: [0.01]}, full]"]
     gone_on = call("run", str(grid), *more)
     assert gone_on.exit_code == 0, gone_on.output
+    assert "final; 2 are done." in gone_on.stdout
     assert "5 runs done here, 0 left" in gone_on.stdout
     together = call("report", out, str(tmp_path / "docs"))
     assert all(f"| {method} |" in together.stdout for method in ("loreft", "probe", "full"))

@@ -61,6 +61,14 @@ class Store:
         return sorted(found, key=lambda row: (row["started"], row["id"]))
 
 
+def done(directory: str | Path) -> set[str]:
+    """The ids of the runs that a directory has rows of; none if it is not there, and nothing is made."""
+    rows, lines = Path(directory) / "rows", Path(directory) / "results.jsonl"
+    if rows.is_dir():
+        return {path.stem for path in rows.glob("*.json") if not path.name.startswith(".")}
+    return {row["id"] for row in _lines(lines)} if lines.is_file() else set()
+
+
 def read_rows(source: str | Path) -> list[dict[str, Any]]:
     """The rows of a grid's directory, or of a results.jsonl by itself."""
     path = Path(source)

@@ -27,19 +27,24 @@ def run(
     reuse: Annotated[
         str, typer.Option("--reuse", help="auto: compute once what the frozen base makes the same in all runs; off.")
     ] = "auto",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the runs and do none.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the runs and which are done; do none.")] = False,
 ) -> None:
     """Run a grid: what is done is kept, what is missing is done, several processes share it."""
     from reftune.bench import jobs, load_grid, run_grid
+    from reftune.bench.store import done
 
     wanted = overrides(set_ or [])
     found = load_grid(grid, wanted | ({"model": model} if model else {}))
     plan = jobs(found)
-    sweeps = sum(job.stage == "sweep" for job in plan)
-    typer.echo(f"{len(plan)} runs on {found.model}: {sweeps} to choose learning rates, {len(plan) - sweeps} final.")
+    sweeps, there = sum(job.stage == "sweep" for job in plan), done(out)
+    ready = sum(job.id in there for job in plan)
+    typer.echo(
+        f"{len(plan)} runs on {found.model}: {sweeps} to choose learning rates, {len(plan) - sweeps} final"
+        f"{f'; {ready} are done' if there else ''}."
+    )
     if dry_run:
         for job in plan:
-            typer.echo(f"  {job.id}")
+            typer.echo(f"  {job.id}{' (done)' if job.id in there else ''}")
         return
     outcome = run_grid(found, out, data=data, minutes=minutes, wait=wait, say=typer.echo, reuse=reuse)  # type: ignore[arg-type]
     typer.echo(f"{outcome.finished} runs done here, {outcome.left} left. Results: {Path(out) / 'results.jsonl'}")
