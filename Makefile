@@ -1,5 +1,7 @@
 # make demo: train an emoji chatbot in two minutes.   make test: every test.   make test-oldest: on transformers 5.0.
 PYTHON ?= python3
+# One process a core, each with one thread (tests/conftest.py).
+PYTEST = -m pytest -n auto --dist worksteal
 VENV ?= .venv
 BIN = $(VENV)/bin
 
@@ -21,14 +23,14 @@ demo: install
 	$(BIN)/reftune demo
 
 test: install-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python $(PYTEST)
 
 # The oldest transformers of pyproject.toml. Left out is what that version cannot do by itself: Jamba without a GPU,
 # RecurrentGemma with a cache, EuroBERT, and `generate` with chunked prefill or prompt lookup.
 OLDEST = .oldest
 test-oldest: install-dev
 	test -d $(OLDEST)/transformers || $(BIN)/pip install --quiet --target $(OLDEST) --constraint constraints.txt 'transformers==5.0.0'
-	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/integration tests/tuner tests/properties tests/checkpoint \
+	PYTHONPATH=$(OLDEST) $(BIN)/python $(PYTEST) tests/integration tests/tuner tests/properties tests/checkpoint \
 		tests/train/test_reuse.py tests/train/test_reuse_store.py tests/train/test_reuse_attention.py \
 		tests/bench/test_training.py \
 		-m 'not real' -k 'not (jamba or recurrent_gemma or eurobert or chunked or prompt_lookup)'
