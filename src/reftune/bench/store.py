@@ -57,8 +57,7 @@ class Store:
 
     def rows(self) -> list[dict[str, Any]]:
         """All rows, in the order in which their runs began."""
-        found = [self.get(path.stem) for path in self._rows.glob("*.json") if not path.name.startswith(".")]
-        return sorted(found, key=lambda row: (row["started"], row["id"]))
+        return sorted(map(self.get, done(self.directory)), key=lambda row: (row["started"], row["id"]))
 
 
 def done(directory: str | Path) -> set[str]:
