@@ -65,7 +65,9 @@ def test_what_is_said_of_budgets_and_rates_is_true_of_all_rows() -> None:
     text = report(mixed)
     assert "Every method: 10 steps of 16 rows or 20 steps of 16 rows" in text
     assert "learning rate chosen on the selection rows where several were tried." in text
-    assert "learning rate given." in report([r | {"sweep": None} for r in rows()])
+    given = report([r | {"sweep": None, "lr_at_end": False} for r in rows()])
+    assert "learning rate given." in given
+    assert "†" not in given
 
 
 def test_a_heads_own_rate_is_shown() -> None:

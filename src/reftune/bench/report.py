@@ -137,7 +137,10 @@ def _rates(summaries: Sequence[Summary]) -> str:
             shown.append("–" if rate is None else f"{rate:g}{'†' if name in one.at_end else ''}{head}")
         lines.append([one.method, *shown])
     short = [name if "+" not in name else "all tasks" for name in tasks]
-    return _table(["method", *short], lines) + "\n\n† the best of the sweep lies at its end: a wider one may do better."
+    table = _table(["method", *short], lines)
+    if not any(one.at_end for one in summaries):
+        return table
+    return table + "\n\n† the best of the sweep lies at its end: a wider one may do better."
 
 
 def _about(rows: Sequence[dict[str, Any]]) -> str:
