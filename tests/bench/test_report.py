@@ -55,6 +55,7 @@ def test_the_table_has_means_spreads_parameters_and_averages() -> None:
     assert "cola 100/10/20" in text
     assert "770 numbers" in text
     assert "0.001†" in text
+    assert "\n\n† the best of the sweep lies at its end" in text
 
 
 def test_what_is_said_of_budgets_and_rates_is_true_of_all_rows() -> None:
