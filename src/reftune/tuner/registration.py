@@ -28,7 +28,8 @@ def _add_peft_type() -> PeftType:
         PeftType._member_map_[key] = member
         PeftType._value2member_map_[key] = member
         PeftType._member_names_.append(key)
-        if PeftType(key) is not member or key not in list(PeftType):
+        type.__setattr__(PeftType, key, member)  # before Python 3.12 a lookup in _member_map_ stood in for it
+        if PeftType(key) is not member or getattr(PeftType, key) is not member or key not in list(PeftType):
             raise TypeError(f"PeftType does not take a new member: {list(PeftType)}")
     except Exception as error:
         raise ImportError(
