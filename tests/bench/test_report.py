@@ -104,6 +104,14 @@ def test_on_a_cpu_the_time_to_train_is_cpu_time() -> None:
         assert summarise([made])[0].seconds == [expected]
 
 
+def test_an_accelerator_is_named() -> None:
+    assert "accelerator" not in report(rows()).lower()
+    gpu = {"device": "cuda", "accelerator": "NVIDIA H100"}
+    (first, *others) = rows()
+    assert "Accelerator: NVIDIA H100 (1 of 8 runs)." in report([first | {"machine": gpu}, *others])
+    assert "Accelerator: NVIDIA H100." in report([one | {"machine": gpu} for one in rows()])
+
+
 def test_cells() -> None:
     assert cell([0.5]) == "50.0"
     assert cell([]) == "–"

@@ -157,8 +157,16 @@ def _about(rows: Sequence[dict[str, Any]]) -> str:
     return (
         f"Model {spec['model']}, suite {spec['suite']}, seeds {', '.join(map(str, seeds))}. "
         f"Every method: {' or '.join(budgets) or 'no training'}, the same rows in the same order; learning rate "
-        f"{rates}. Rows (train/select/test): {sizes}. Versions: {kept}."
+        f"{rates}. Rows (train/select/test): {sizes}. Versions: {kept}.{_accelerators(finals)}"
     )
+
+
+def _accelerators(finals: Sequence[dict[str, Any]]) -> str:
+    names = [row["machine"]["accelerator"] for row in finals if row.get("machine", {}).get("accelerator")]
+    if not names:
+        return ""
+    share = "" if len(names) == len(finals) else f" ({len(names)} of {len(finals)} runs)"
+    return f" Accelerator: {', '.join(sorted(set(names)))}{share}."
 
 
 def _budget(row: Mapping[str, Any]) -> str:

@@ -149,7 +149,7 @@ def _row(
         "revision": setup.revision,
         "spec": job.spec(),
         "versions": versions(),
-        "machine": {"host": platform.node(), "threads": _threads(), "device": _device()},
+        "machine": {"host": platform.node(), "threads": _threads(), **_device()},
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
     }
 
@@ -186,7 +186,12 @@ def _threads() -> int:
     return torch.get_num_threads()
 
 
-def _device() -> str:
+def _device() -> dict[str, str]:
+    """The type of the device that runs take, and an accelerator's name where its module tells one."""
     import torch
 
-    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"  # type: ignore[union-attr]
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if found is None:
+        return {"device": "cpu"}
+    name = getattr(torch.get_device_module(found), "get_device_name", None)
+    return {"device": found.type} | ({"accelerator": name()} if name else {})
