@@ -112,6 +112,12 @@ def test_an_accelerator_is_named() -> None:
     assert "Accelerator: NVIDIA H100." in report([one | {"machine": gpu} for one in rows()])
 
 
+def test_all_versions_are_named() -> None:
+    (first, *others) = rows()
+    text = report([first | {"versions": {"torch": "2.11", "numpy": "1"}}, *others])
+    assert "Versions: torch 2.11 and 2.13." in text
+
+
 def test_cells() -> None:
     assert cell([0.5]) == "50.0"
     assert cell([]) == "–"

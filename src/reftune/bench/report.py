@@ -149,7 +149,8 @@ def _about(rows: Sequence[dict[str, Any]]) -> str:
     counts = {n: c for row in finals for n, c in row["rows"].items()}
     sizes = ", ".join(f"{n} {c['train']}/{c['select']}/{c['test']}" for n, c in counts.items())
     budgets = dict.fromkeys(_budget(row) for row in finals if row["steps"])
-    kept = ", ".join(f"{name} {version}" for name, version in finals[0]["versions"].items() if name in _SHOWN)
+    found = {name: {row["versions"].get(name) for row in finals} - {None} for name in finals[0]["versions"]}
+    kept = ", ".join(f"{name} {' and '.join(sorted(found[name]))}" for name in found if name in _SHOWN)
     swept, trained = [r for r in finals if r.get("sweep")], [r for r in finals if r["steps"]]
     rates = "chosen on the selection rows" if swept else "given"
     if swept and len(swept) < len(trained):
