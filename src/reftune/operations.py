@@ -66,8 +66,8 @@ def cost(model: Any, prompt: int = 128, new: int = 256) -> Cost:
         raise ValueError(f"prompt must be at least 1 and new at least 0, but they are {prompt} and {new}.")
     base = model.get_base_model()
     edits = formula = edited = parameters = 0
-    ones = torch.ones(1, prompt + new, dtype=torch.bool)
-    places = layout(ones, torch.arange(prompt + new).expand_as(ones) >= prompt)
+    ones = torch.ones(1, prompt + new, dtype=torch.bool, device="cpu")
+    places = layout(ones, torch.arange(prompt + new, device="cpu").expand_as(ones) >= prompt)
     session = model.base_model.session
     for layer in session.layers:
         for name in session.names:
@@ -103,8 +103,10 @@ def _operations(module: Intervention) -> int:
     kwargs = settings.pop("intervention_kwargs")
     kind, rank = settings.pop("intervention"), settings.pop("r")
     settings["init_weights"] = False
-    fresh = intervention_class(kind)(embed_dim=module.embed_dim, low_rank_dimension=rank, **settings, **kwargs).eval()
-    rows = torch.zeros(2, module.embed_dim)
+    make = intervention_class(kind)
+    with torch.device("cpu"):
+        fresh = make(embed_dim=module.embed_dim, low_rank_dimension=rank, **settings, **kwargs).eval()
+        rows = torch.zeros(2, module.embed_dim)
     with torch.no_grad():
         fresh(rows)  # puts its rows right, which is done once
         with FlopCounterMode(display=False) as counter:

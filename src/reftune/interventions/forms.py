@@ -137,7 +137,7 @@ def form_of(intervention: Intervention) -> Form:
         intervention = copy.deepcopy(intervention).cpu()  # which has no fp64
     rows = intervention.rows().detach().double() if isinstance(intervention, LowRankIntervention) else None
     params = {name: value.detach().double() for name, value in intervention.state_dict().items()}
-    zero = torch.zeros((), dtype=torch.float64)
+    zero = torch.zeros((), dtype=torch.float64, device="cpu")
     b = params.get("b", zero.to(next(iter(params.values()), zero).device))
     if rows is not None and kind in ("loreft", "noreft"):
         if intervention.act_fn is not None:

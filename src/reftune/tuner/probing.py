@@ -55,7 +55,8 @@ class Probe:
     def shift(self, linear: nn.Module, module: nn.Module) -> float | None:
         """α if adding any v to the output of `linear` adds αv to the output of `module`, else None."""
         (before,) = self.outputs({"": module})[""]
-        v = torch.randn(before.shape[-1], generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        same: Any = {"generator": torch.Generator("cpu").manual_seed(1), "device": "cpu"}  # alike on every device
+        v = torch.randn(before.shape[-1], dtype=torch.float64, **same)
         v = (v * float(before.float().square().mean().sqrt())).to(before)
         handle = linear.register_forward_hook(lambda module, args, output: output + v)
         try:
@@ -108,18 +109,18 @@ def precision(dtype: torch.dtype) -> float:
 
 def random_inputs(model: nn.Module) -> dict[str, Tensor]:
     """Token ids (2, 6), or pixels, as the model's config tells; a ValueError for models with other inputs."""
-    generator = torch.Generator().manual_seed(0)
+    same: Any = {"generator": torch.Generator("cpu").manual_seed(0), "device": "cpu"}
     parameter = next(model.parameters())
     config: Any = model.config
     text = config.get_text_config()
     name = getattr(model, "main_input_name", "input_ids")
     if name == "input_ids" and isinstance(getattr(text, "vocab_size", None), int):
-        ids = torch.randint(0, text.vocab_size, (ROWS, TOKENS), generator=generator).to(parameter.device)
+        ids = torch.randint(0, text.vocab_size, (ROWS, TOKENS), **same).to(parameter.device)
         return {"input_ids": ids, "decoder_input_ids": ids} if config.is_encoder_decoder else {"input_ids": ids}
     if name == "pixel_values" and hasattr(config, "image_size"):
         size = config.image_size
         height, width = size if isinstance(size, (tuple, list)) else (size, size)
-        pixels = torch.randn(ROWS, getattr(config, "num_channels", 3), height, width, generator=generator)
+        pixels = torch.randn(ROWS, getattr(config, "num_channels", 3), height, width, **same)
         return {"pixel_values": pixels.to(parameter.device, parameter.dtype)}
     raise ValueError(
         f"{type(model).__name__} takes {name!r}, of which no random input could be made to find the layer to merge "

@@ -55,7 +55,7 @@ def _two_rows(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The first row and the one whose length is most different from it."""
     count = inputs["input_ids"].shape[0]
     mask = inputs.get("attention_mask")
-    length = mask.sum(1) if isinstance(mask, Tensor) and mask.dim() == 2 else torch.zeros(count)
+    length = mask.sum(1) if isinstance(mask, Tensor) and mask.dim() == 2 else inputs["input_ids"].new_zeros(count)
     other = int((length - length[0]).abs().argmax())
     rows = [0] if count == 1 else [0, other if other else count - 1]
     return {k: v[rows] if isinstance(v, Tensor) and v.dim() and len(v) == count else v for k, v in inputs.items()}

@@ -68,19 +68,20 @@ class Frozen:
         if self._as_tuple is None:
             device = self.base.get_input_embeddings().weight.device
             with torch.no_grad(), self._bare(device), output_of(self.blocks[0]) as found:
-                self._run([torch.zeros(1, dtype=torch.long)], [0], "right", None, device)
+                self._run([torch.zeros(1, dtype=torch.long, device=device)], [0], "right", None, device)
             self._as_tuple = found[0][1]
         return self._as_tuple
 
     def _run(self, texts: list[Tensor], starts: list[int], side: str, cache: Any, device: torch.device) -> None:
         past, width = max(starts), max(len(text) for text in texts)
-        ids = torch.zeros(len(texts), width, dtype=torch.long)
-        mask = torch.zeros(len(texts), past + width, dtype=torch.long)
-        places = torch.zeros(len(texts), width, dtype=torch.long)
+        made: Any = {"dtype": torch.long, "device": texts[0].device}
+        ids = torch.zeros(len(texts), width, **made)
+        mask = torch.zeros(len(texts), past + width, **made)
+        places = torch.zeros(len(texts), width, **made)
         for row, (text, start) in enumerate(zip(texts, starts, strict=True)):
             first = width - len(text) if side == "left" else 0
             ids[row, first : first + len(text)] = text
-            places[row, first : first + len(text)] = start + torch.arange(len(text))
+            places[row, first : first + len(text)] = start + torch.arange(len(text), **made)
             mask[row, past - start : past] = 1
             mask[row, past + first : past + first + len(text)] = 1
         call: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}

@@ -73,7 +73,7 @@ def read_rows(inputs: Mapping[str, Any], expressions: Iterable[str], split: bool
             raise NotReusableError("the batch is padded on the left and has no position_ids; pad on the right")
     else:
         _check_places(position_ids.cpu().expand(ids.shape), real, first)
-    if bool((labels[torch.arange(len(ids)), first] != IGNORE).logical_and(first > 0).any()):
+    if bool((labels[torch.arange(len(ids), device=ids.device), first] != IGNORE).logical_and(first > 0).any()):
         raise NotReusableError("a row that is padded on the left has a label on its first token")
 
     prompt_mask = inputs.get("prompt_mask")
@@ -119,7 +119,7 @@ def _real(mask: Any, ids: Tensor) -> Tensor:
 
 
 def _check_places(position_ids: Tensor, real: Tensor, first: Tensor) -> None:
-    expected = torch.arange(real.shape[1]).unsqueeze(0) - first.unsqueeze(1)
+    expected = torch.arange(real.shape[1], device=real.device).unsqueeze(0) - first.unsqueeze(1)
     if bool(((position_ids != expected) & real).any()):
         raise NotReusableError("position_ids do not count each row's tokens from 0: packed rows are not split")
 
@@ -147,22 +147,23 @@ def lay_out(rows: Sequence[Row], pad: int, device: torch.device | str = "cpu") -
     """Heads on the left of one column, windows on its right; `pad` fills."""
     past = max(row.start for row in rows)
     width = max(row.end - row.start for row in rows)
+    made: Any = {"dtype": torch.long, "device": rows[0].ids.device}
     size = (len(rows), width)
-    ids = torch.full(size, pad, dtype=torch.long)
-    labels = torch.full(size, IGNORE, dtype=torch.long)
-    prompt = torch.zeros(size, dtype=torch.long)
-    places = torch.zeros(size, dtype=torch.long)
-    mask = torch.zeros(len(rows), past + width, dtype=torch.long)
-    chosen, targets = [], [torch.tensor([IGNORE])]
+    ids = torch.full(size, pad, **made)
+    labels = torch.full(size, IGNORE, **made)
+    prompt = torch.zeros(size, **made)
+    places = torch.zeros(size, **made)
+    mask = torch.zeros(len(rows), past + width, **made)
+    chosen, targets = [], [torch.tensor([IGNORE], **made)]
     for number, row in enumerate(rows):
         count = row.end - row.start
         ids[number, :count] = row.ids[row.start : row.end]
         labels[number, :count] = row.labels[row.start : row.end]
         prompt[number, : max(0, row.prompt - row.start)] = 1
-        places[number] = (row.start + torch.arange(width)).clamp(max=row.end - 1)
+        places[number] = (row.start + torch.arange(width, **made)).clamp(max=row.end - 1)
         mask[number, past - row.start : past + count] = 1
         chosen.append(row.targets + number * width)
         targets.append(row.labels[row.start + 1 + row.targets])
-    chosen.append(torch.zeros(1, dtype=torch.long))
+    chosen.append(torch.zeros(1, **made))
     packed = [ids, places, prompt, mask, labels, torch.cat(chosen), torch.cat(targets).unsqueeze(0)]
     return Window(past, *(tensor.to(device) for tensor in packed))
