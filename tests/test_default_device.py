@@ -4,11 +4,11 @@ The meta device stands for one here: nothing can be computed there, so what is m
 """
 
 import torch
+from reuse_cases import collate, computed, examples, reft, reuse
 
 from conftest import tiny_llama
 from reftune import ReftConfig, get_reft_model
 from reftune.operations import cost
-from train.reuse_cases import collate, computed, examples, reft, reuse
 
 META = torch.device("meta")
 
