@@ -209,7 +209,8 @@ def load(name: str, dtype: torch.dtype, device: torch.device) -> Callable[[], An
             num_hidden_layers=layers, hidden_size=width, intermediate_size=int(width * 8 / 3) // 64 * 64,
             num_attention_heads=heads, num_key_value_heads=heads, vocab_size=vocabulary,
         )  # fmt: skip
-        first = transformers.LlamaForCausalLM(config).to(device, dtype)
+        with device:  # made there: a CPU takes minutes to draw the numbers of a large model
+            first = transformers.LlamaForCausalLM(config).to(dtype)
     else:
         first = load_model(name, dtype=dtype)[0].to(device)
     state = first.state_dict()

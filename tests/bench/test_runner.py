@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from reftune.bench import jobs, load_grid, run_grid
 from reftune.bench.progress import line, time_left, words
 from reftune.bench.report import report
 from reftune.bench.runner import best_lr
+from reftune.bench.runs import _device
 from reftune.bench.store import Store, read_rows
 
 TRAIN = {"steps": 3, "batch_size": 4}
@@ -385,3 +387,14 @@ def test_the_attention_of_a_grid_is_the_models(suite: str, places: dict[str, str
         handle.remove()
     assert (outcome.finished, outcome.failed) == (1, {})
     assert set(used) - {""} == {"eager"}
+
+
+def test_a_row_names_the_accelerator_where_its_module_tells_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace(get_device_name=lambda: "NVIDIA X"))
+    assert _device() == {"device": "cuda", "accelerator": "NVIDIA X"}
+    monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace())
+    assert _device() == {"device": "cuda"}
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert _device() == {"device": "cpu"}
