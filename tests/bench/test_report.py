@@ -153,3 +153,23 @@ def test_plots_are_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing to plot"):
         plot([loss], tmp_path)
     assert len(plot_all([*rows(), loss], tmp_path)) == 2
+
+
+def test_rows_left_out_or_cut_are_counted() -> None:
+    assert "Of the training rows" not in report(rows())
+    seen = {"rte": {"train": 100, "select": 10, "test": 20, "digest": "x", "left_out": 3, "cut": 0}}
+    text = report([row("loreft", "rte", 0, {"rte": {"accuracy": 0.6}}, rows=seen)])
+    assert "Of the training rows, left out for a prompt that is too long: rte 3. " in text
+    seen["rte"]["cut"] = 7
+    text = report([row("loreft", "rte", 0, {"rte": {"accuracy": 0.6}}, rows=seen)])
+    assert "too long: rte 3; answers cut: rte 7. " in text
+
+
+def test_the_precision_is_named_where_methods_differ_in_it() -> None:
+    made = rows()
+    for one in made:
+        one["spec"]["train"]["bf16"] = True
+    assert "Trained in bf16 autocast. " in report(made)
+    for one in made:
+        one["spec"]["train"]["bf16"] = (one["method"], one["task"]) != ("lora", "rte")
+    assert "Trained in bf16 autocast, but fp32 for lora on rte. " in report(made)

@@ -9,9 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from .about import about
 from .tasks import task
-
-_SHOWN = ("python", "reftune", "torch", "transformers", "peft")
 
 
 @dataclass
@@ -89,7 +88,7 @@ def report(rows: Sequence[dict[str, Any]], title: str = "Results") -> str:
     if not summaries:
         return f"# {title}\n\nNo final run is done yet; {len(rows)} sweep runs are.\n"
     columns = primary(summaries)
-    text = [f"# {title}", "", _about(rows), "", _main(summaries, columns), ""]
+    text = [f"# {title}", "", about(rows), "", _main(summaries, columns), ""]
     text += [_notes(summaries), "", "## Every metric", "", _breakdown(summaries), "", "## Learning rates", ""]
     return "\n".join([*text, _rates(summaries), ""])
 
@@ -141,39 +140,6 @@ def _rates(summaries: Sequence[Summary]) -> str:
     if not any(one.at_end for one in summaries):
         return table
     return table + "\n\n† the best of the sweep lies at its end: a wider one may do better."
-
-
-def _about(rows: Sequence[dict[str, Any]]) -> str:
-    finals = [row for row in rows if row["stage"] == "final"]
-    spec, seeds = finals[0]["spec"], sorted({row["seed"] for row in finals})
-    counts = {n: c for row in finals for n, c in row["rows"].items()}
-    sizes = ", ".join(f"{n} {c['train']}/{c['select']}/{c['test']}" for n, c in counts.items())
-    budgets = dict.fromkeys(_budget(row) for row in finals if row["steps"])
-    found = {name: {row["versions"].get(name) for row in finals} - {None} for name in finals[0]["versions"]}
-    kept = ", ".join(f"{name} {' and '.join(sorted(found[name]))}" for name in found if name in _SHOWN)
-    swept, trained = [r for r in finals if r.get("sweep")], [r for r in finals if r["steps"]]
-    rates = "chosen on the selection rows" if swept else "given"
-    if swept and len(swept) < len(trained):
-        rates += " where several were tried"
-    return (
-        f"Model {spec['model']}, suite {spec['suite']}, seeds {', '.join(map(str, seeds))}. "
-        f"Every method: {' or '.join(budgets) or 'no training'}, the same rows in the same order; learning rate "
-        f"{rates}. Rows (train/select/test): {sizes}. Versions: {kept}.{_accelerators(finals)}"
-    )
-
-
-def _accelerators(finals: Sequence[dict[str, Any]]) -> str:
-    names = [row["machine"]["accelerator"] for row in finals if row.get("machine", {}).get("accelerator")]
-    if not names:
-        return ""
-    share = "" if len(names) == len(finals) else f" ({len(names)} of {len(finals)} runs)"
-    return f" Accelerator: {', '.join(sorted(set(names)))}{share}."
-
-
-def _budget(row: Mapping[str, Any]) -> str:
-    train = row["spec"]["train"]
-    length = f"{train['steps']} steps" if train["steps"] is not None else f"{train['epochs']:g} epochs"
-    return f"{length} of {train['batch_size'] * train['gradient_accumulation_steps']} rows"
 
 
 def _agree(rows: Sequence[dict[str, Any]]) -> None:

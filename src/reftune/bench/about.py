@@ -1,0 +1,69 @@
+"""What is said at the head of a report: model, budget, rows, precision, versions and accelerators of the runs in it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_SHOWN = ("python", "reftune", "torch", "transformers", "peft")
+
+
+def about(rows: Sequence[dict[str, Any]]) -> str:
+    """One paragraph on all final runs: what is true of some of them alone is said so."""
+    finals = [row for row in rows if row["stage"] == "final"]
+    spec, seeds = finals[0]["spec"], sorted({row["seed"] for row in finals})
+    counts = {n: c for row in finals for n, c in row["rows"].items()}
+    sizes = ", ".join(f"{n} {c['train']}/{c['select']}/{c['test']}" for n, c in counts.items())
+    budgets = dict.fromkeys(_budget(row) for row in finals if row["steps"])
+    found = {name: {row["versions"].get(name) for row in finals} - {None} for name in finals[0]["versions"]}
+    kept = ", ".join(f"{name} {' and '.join(sorted(found[name]))}" for name in found if name in _SHOWN)
+    swept, trained = [r for r in finals if r.get("sweep")], [r for r in finals if r["steps"]]
+    rates = "chosen on the selection rows" if swept else "given"
+    if swept and len(swept) < len(trained):
+        rates += " where several were tried"
+    return (
+        f"Model {spec['model']}, suite {spec['suite']}, seeds {', '.join(map(str, seeds))}. "
+        f"Every method: {' or '.join(budgets) or 'no training'}, the same rows in the same order; learning rate "
+        f"{rates}. Rows (train/select/test): {sizes}.{_lengths(finals)}{_precision(finals)} "
+        f"Versions: {kept}.{_accelerators(finals)}"
+    )
+
+
+def _lengths(finals: Sequence[dict[str, Any]]) -> str:
+    """How many training rows `train.max_length` left out or cut; "" if none."""
+    counts = {name: seen for row in finals if row["steps"] for name, seen in row["rows"].items()}
+    out = ", ".join(f"{n} {c['left_out']}" for n, c in counts.items() if c.get("left_out"))
+    cut = ", ".join(f"{n} {c['cut']}" for n, c in counts.items() if c.get("cut"))
+    said = [f"left out for a prompt that is too long: {out}"] if out else []
+    said += [f"answers cut: {cut}"] if cut else []
+    return f" Of the training rows, {'; '.join(said)}." if said else ""
+
+
+def _precision(finals: Sequence[dict[str, Any]]) -> str:
+    """Which methods were trained in which precision; "" if the rows do not say."""
+    users: dict[str, dict[tuple[str, str], None]] = {}
+    for row in finals:
+        if row["steps"] and "bf16" in row["spec"]["train"]:
+            name = "bf16 autocast" if row["spec"]["train"]["bf16"] else str(row["spec"].get("dtype") or "fp32")
+            users.setdefault(name, {})[row["method"], row["task"]] = None
+    if len(users) < 2:
+        return f" Trained in {next(iter(users))}." if users else ""
+    most = max(users, key=lambda name: len(users[name]))
+    rest = [
+        f"{name} for {', '.join(f'{method} on {one}' for method, one in found)}"
+        for name, found in users.items()
+        if name != most
+    ]
+    return f" Trained in {most}, but {'; '.join(rest)}."
+
+
+def _accelerators(finals: Sequence[dict[str, Any]]) -> str:
+    names = [row["machine"]["accelerator"] for row in finals if row.get("machine", {}).get("accelerator")]
+    if not names:
+        return ""
+    share = "" if len(names) == len(finals) else f" ({len(names)} of {len(finals)} runs)"
+    return f" Accelerator: {', '.join(sorted(set(names)))}{share}."
+
+
+def _budget(row: Mapping[str, Any]) -> str:
+    train = row["spec"]["train"]
+    length = f"{train['steps']} steps" if train["steps"] is not None else f"{train['epochs']:g} epochs"
+    return f"{length} of {train['batch_size'] * train['gradient_accumulation_steps']} rows"
