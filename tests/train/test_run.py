@@ -138,3 +138,10 @@ def test_modules_trained_whole_have_a_rate_of_their_own(keys: dict[str, Any], tm
     assert torch.equal(saved[0][head], still[head])
     assert not torch.equal(saved[1][head], still[head])
     assert any(not torch.equal(saved[0][name], still[name]) for name in still if name != head)
+
+
+def test_bf16_that_is_slower_than_fp32_is_said(keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reftune.train.precision._has_bf16", lambda: False)
+    said: list[str] = []
+    train(load_recipe(None, keys | {"train.bf16": True}), say=said.append)
+    assert any("no instructions for it" in str(line) for line in said) == (not torch.accelerator.is_available())

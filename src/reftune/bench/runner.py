@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
+from reftune.train.precision import slow_bf16
 from reftune.train.reuse import MemoryStore
 
 from .checks import check_grounds
@@ -72,6 +75,9 @@ def run_grid(
     plan = jobs(grid)
     if any(not store.has(job.id) for job in plan):
         check_grounds(grid, folder)
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        if grid.train.bf16 and (hint := slow_bf16(device.type if device else "cpu")):
+            say(hint)
     failed: dict[str, str] = {}
     finished, started = 0, time.monotonic()
     while True:

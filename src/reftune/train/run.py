@@ -15,6 +15,7 @@ from typing import Any
 
 from reftune.data import PromptTemplate, ReftDataCollator, TokenizedRows, read_examples, tokenize
 from reftune.models import load_model
+from reftune.train.precision import slow_bf16
 from reftune.train.progress import ProgressCallback, first_step_table
 from reftune.train.recipe import Recipe
 from reftune.train.recipe_file import RecipeError, save_recipe
@@ -72,6 +73,8 @@ def train(
     say(str(model.trainable_parameters()))
     say(first_step_table(model, tokenizer, rows.rows[0]))
     arguments = training_arguments(recipe)
+    if arguments.bf16 and (hint := slow_bf16(arguments.device.type)):
+        say(hint)
     trainer = ReftTrainer(
         model=model,
         args=arguments,
@@ -108,6 +111,7 @@ def reft_config(recipe: Recipe) -> Any:
 
 def training_arguments(recipe: Recipe) -> Any:
     """The `transformers.TrainingArguments` of a recipe."""
+    import torch
     from transformers import TrainingArguments
 
     t = recipe.train
@@ -138,6 +142,7 @@ def training_arguments(recipe: Recipe) -> Any:
         remove_unused_columns=False,  # the rows have nothing else, and the collator adds prompt_mask
         report_to="none",
         dataloader_pin_memory=False,
+        use_cpu=not torch.accelerator.is_available(),  # else bf16 is refused on a CPU
         **_checkpointing(t.gradient_checkpointing),
     )
 
