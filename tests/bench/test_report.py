@@ -172,4 +172,4 @@ def test_the_precision_is_named_where_methods_differ_in_it() -> None:
     assert "Trained in bf16 autocast. " in report(made)
     for one in made:
         one["spec"]["train"]["bf16"] = (one["method"], one["task"]) != ("lora", "rte")
-    assert "Trained in bf16 autocast, but fp32 for lora on rte. " in report(made)
+    assert "Trained in bf16 autocast, but fp32 for lora (rte). " in report(made)

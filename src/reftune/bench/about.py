@@ -39,19 +39,19 @@ def _lengths(finals: Sequence[dict[str, Any]]) -> str:
 
 def _precision(finals: Sequence[dict[str, Any]]) -> str:
     """Which methods were trained in which precision; "" if the rows do not say."""
-    users: dict[str, dict[tuple[str, str], None]] = {}
+    users: dict[str, dict[str, list[str]]] = {}
     for row in finals:
         if row["steps"] and "bf16" in row["spec"]["train"]:
             name = "bf16 autocast" if row["spec"]["train"]["bf16"] else str(row["spec"].get("dtype") or "fp32")
-            users.setdefault(name, {})[row["method"], row["task"]] = None
+            tasks = users.setdefault(name, {}).setdefault(row["method"], [])
+            tasks += [] if row["task"] in tasks else [row["task"]]
     if len(users) < 2:
         return f" Trained in {next(iter(users))}." if users else ""
-    most = max(users, key=lambda name: len(users[name]))
-    rest = [
-        f"{name} for {', '.join(f'{method} on {one}' for method, one in found)}"
-        for name, found in users.items()
-        if name != most
-    ]
+    most = max(users, key=lambda name: sum(map(len, users[name].values())))
+    rest = []
+    for name in sorted(users.keys() - {most}):
+        methods = (f"{method} ({', '.join(tasks)})" for method, tasks in users[name].items())
+        rest.append(f"{name} for {', '.join(methods)}")
     return f" Trained in {most}, but {'; '.join(rest)}."
 
 
