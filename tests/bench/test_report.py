@@ -172,4 +172,12 @@ def test_the_precision_is_named_where_methods_differ_in_it() -> None:
     assert "Trained in bf16 autocast. " in report(made)
     for one in made:
         one["spec"]["train"]["bf16"] = (one["method"], one["task"]) != ("lora", "rte")
-    assert "Trained in bf16 autocast, but fp32 for lora (rte). " in report(made)
+    assert "Trained in bf16 autocast, but float32 for lora (rte). " in report(made)
+    for one in made:
+        one["spec"]["train"]["bf16"] = False
+    assert "Trained in float32. " in report(made)
+    gpu = {"device": "cuda"}
+    assert "Trained in the checkpoint's dtype. " in report([one | {"machine": gpu} for one in made])
+    for one in made:
+        one["spec"]["dtype"] = "bfloat16"
+    assert "Trained in bfloat16. " in report([one | {"machine": gpu} for one in made])

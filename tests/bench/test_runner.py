@@ -17,7 +17,7 @@ from reftune.bench import jobs, load_grid, run_grid
 from reftune.bench.progress import line, time_left, words
 from reftune.bench.report import report
 from reftune.bench.runner import best_lr
-from reftune.bench.runs import _device
+from reftune.bench.runs import this_device
 from reftune.bench.store import Store, read_rows
 
 TRAIN = {"steps": 3, "batch_size": 4}
@@ -393,8 +393,8 @@ def test_a_row_names_the_accelerator_where_its_module_tells_one(monkeypatch: pyt
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
     monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace(get_device_name=lambda: "NVIDIA X"))
-    assert _device() == {"device": "cuda", "accelerator": "NVIDIA X"}
+    assert this_device() == {"device": "cuda", "accelerator": "NVIDIA X"}
     monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace())
-    assert _device() == {"device": "cuda"}
+    assert this_device() == {"device": "cuda"}
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    assert _device() == {"device": "cpu"}
+    assert this_device() == {"device": "cpu"}

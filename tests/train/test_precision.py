@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from tests.bench.places import tiny_data, tiny_encoder
 
 from reftune.bench import load_grid, run_grid
@@ -18,8 +19,12 @@ def test_only_a_cpu_without_the_instructions_is_slow(monkeypatch: pytest.MonkeyP
     assert slow_bf16("cpu") is None
 
 
-def test_the_cpu_itself_is_asked() -> None:
-    assert precision._has_bf16() in (True, False)
+@pytest.mark.parametrize("has", [True, False])
+def test_the_cpu_itself_is_asked(has: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has, raising=False)
+    assert precision._has_bf16() == has
+    monkeypatch.setattr(torch.ops, "mkldnn", object())
+    assert precision._has_bf16()  # a build that cannot tell
 
 
 @pytest.mark.parametrize(("bf16", "has"), [(True, False), (True, True), (False, False)])

@@ -42,8 +42,7 @@ def _precision(finals: Sequence[dict[str, Any]]) -> str:
     users: dict[str, dict[str, list[str]]] = {}
     for row in finals:
         if row["steps"] and "bf16" in row["spec"]["train"]:
-            name = "bf16 autocast" if row["spec"]["train"]["bf16"] else str(row["spec"].get("dtype") or "fp32")
-            tasks = users.setdefault(name, {}).setdefault(row["method"], [])
+            tasks = users.setdefault(_trained_in(row), {}).setdefault(row["method"], [])
             tasks += [] if row["task"] in tasks else [row["task"]]
     if len(users) < 2:
         return f" Trained in {next(iter(users))}." if users else ""
@@ -53,6 +52,14 @@ def _precision(finals: Sequence[dict[str, Any]]) -> str:
         methods = (f"{method} ({', '.join(tasks)})" for method, tasks in users[name].items())
         rest.append(f"{name} for {', '.join(methods)}")
     return f" Trained in {most}, but {'; '.join(rest)}."
+
+
+def _trained_in(row: Mapping[str, Any]) -> str:
+    if row["spec"]["train"]["bf16"]:
+        return "bf16 autocast"
+    # a grid without a dtype takes float32 on a CPU and what the checkpoint says elsewhere: `models.default_dtype`
+    default = "float32" if row.get("machine", {}).get("device", "cpu") == "cpu" else "the checkpoint's dtype"
+    return str(row["spec"].get("dtype") or default)
 
 
 def _accelerators(finals: Sequence[dict[str, Any]]) -> str:

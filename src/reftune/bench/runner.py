@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from reftune.train.precision import slow_bf16
 from reftune.train.reuse import MemoryStore
 
@@ -26,7 +24,7 @@ from .claims import Claims
 from .data import data_folder
 from .grid import Grid, Job, jobs
 from .progress import line, time_left
-from .runs import run_job
+from .runs import run_job, this_device
 from .store import Store
 
 
@@ -75,8 +73,7 @@ def run_grid(
     plan = jobs(grid)
     if any(not store.has(job.id) for job in plan):
         check_grounds(grid, folder)
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        if grid.train.bf16 and (hint := slow_bf16(device.type if device else "cpu")):
+        if grid.train.bf16 and (hint := slow_bf16(this_device()["device"])):
             say(hint)
     failed: dict[str, str] = {}
     finished, started = 0, time.monotonic()

@@ -149,7 +149,7 @@ def _row(
         "revision": setup.revision,
         "spec": job.spec(),
         "versions": versions(),
-        "machine": {"host": platform.node(), "threads": _threads(), **_device()},
+        "machine": {"host": platform.node(), "threads": _threads(), **this_device()},
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
     }
 
@@ -186,7 +186,7 @@ def _threads() -> int:
     return torch.get_num_threads()
 
 
-def _device() -> dict[str, str]:
+def this_device() -> dict[str, str]:
     """The type of the device that runs take, and an accelerator's name where its module tells one."""
     import torch
 

@@ -6,14 +6,13 @@ import torch
 def slow_bf16(device: str) -> str | None:
     """What to say of bf16 autocast on a device type ("cpu", "cuda" ...); None where nothing speaks against it.
 
-    On a CPU without AVX-512 or AMX a product of matrices in bf16 was measured at 54 times the time of fp32 (462 and 8.5
-    ms for one size, torch 2.13).
+    How much slower a CPU is that has no instructions for it: `python benchmarks/bf16.py`.
     """
     if device != "cpu" or _has_bf16():
         return None
     capability = torch.backends.cpu.get_cpu_capability()
     return (
-        f"bf16: this CPU ({capability}) has no instructions for it, which makes training tens of times slower than in "
+        f"bf16: this CPU ({capability}) has no instructions for it, which makes training many times slower than in "
         "fp32. Set bf16 to false here; the numbers learned are float32 either way."
     )
 

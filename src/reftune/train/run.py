@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from reftune.data import PromptTemplate, ReftDataCollator, TokenizedRows, read_examples, tokenize
 from reftune.models import load_model
 from reftune.train.precision import slow_bf16
@@ -111,7 +113,6 @@ def reft_config(recipe: Recipe) -> Any:
 
 def training_arguments(recipe: Recipe) -> Any:
     """The `transformers.TrainingArguments` of a recipe."""
-    import torch
     from transformers import TrainingArguments
 
     t = recipe.train
@@ -142,7 +143,7 @@ def training_arguments(recipe: Recipe) -> Any:
         remove_unused_columns=False,  # the rows have nothing else, and the collator adds prompt_mask
         report_to="none",
         dataloader_pin_memory=False,
-        use_cpu=not torch.accelerator.is_available(),  # else bf16 is refused on a CPU
+        use_cpu=t.bf16 and not torch.accelerator.is_available(),  # bf16 on a CPU is refused unless it is named
         **_checkpointing(t.gradient_checkpointing),
     )
 
