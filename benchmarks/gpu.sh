@@ -2,7 +2,7 @@
 # All tables that need a GPU, one file each, from a checkout without an installation:
 #   bash benchmarks/gpu.sh OUT
 # Rehearsed on a CPU with tiny models by:   DEVICE=cpu bash benchmarks/gpu.sh OUT
-# Where time is short:                      ROUNDS=3 NEW="64 32" bash benchmarks/gpu.sh OUT
+# Where time is short:                      ROUNDS=3 NEW="64 32" TABLES="train_step inference" bash benchmarks/gpu.sh OUT
 # A command that fails leaves its message in the file and does not stop the others. Seconds of each: OUT/seconds.txt.
 set -uo pipefail
 out=${1:?say where to write: bash benchmarks/gpu.sh OUT}
@@ -19,6 +19,7 @@ fi
 run() { # NAME COMMAND...
     local name=$1 begin=$SECONDS
     shift
+    [[ " ${TABLES:-$name} " == *" $name "* ]] || return 0
     "$python" "$@" > "$out/$name.md" 2> "$out/$name.err" || { echo "failed: $*"; tail -n 3 "$out/$name.err"; } | tee -a "$out/$name.md"
     echo "$name $((SECONDS - begin)) s" | tee -a "$out/seconds.txt"
 }

@@ -7,7 +7,7 @@ Rows of `length` random tokens, the last `response` of them labelled. All method
 each, a step of each in every round; a step is forward, backward and AdamW. "First epoch" computes what will be kept,
 "later epochs" find it. Time is CPU time on a CPU (all threads together) and synchronised wall time on a GPU. Memory is
 a step's peak above what is loaded, by resident size on a CPU and by torch's allocator on a GPU; what is kept of the
-examples is host memory, or disk, and has a column of its own. Prints medians, quartiles and ratios as Markdown.
+examples, in the memory of the device, has a column of its own. Prints medians, quartiles and ratios as Markdown.
 """
 
 import argparse
@@ -29,7 +29,7 @@ import transformers
 import reftune
 from reftune import ReftConfig, get_reft_model
 from reftune.models import load_model
-from reftune.train.reuse import MemoryStore, Reuse
+from reftune.train.reuse import Reuse, store_near
 
 LINEAR = "all-linear"
 
@@ -41,7 +41,7 @@ class Method:
         self.name, self.model, self.limit, self.fresh = name, model.train(), limit, fresh
         self.learns = [p for p in model.parameters() if p.requires_grad]
         self.optimiser = torch.optim.AdamW(self.learns, lr=1e-5, foreach=True) if self.learns else None
-        self.store = MemoryStore(10**12)
+        self.store = store_near(next(model.parameters()).device, 10**12)
         self.reuse = Reuse(model, self.store, say=lambda text: print(text, file=sys.stderr)) if reuse != "off" else None
         self.keep = reuse == "keep"
 

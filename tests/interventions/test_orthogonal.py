@@ -62,6 +62,33 @@ def test_rows_of_zero_and_dependent_rows_come_back_orthonormal() -> None:
         assert orthonormality_error(orthonormal_rows(matrix)) < 1e-5
 
 
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(d=st.integers(2, 40), step=st.sampled_from([1e-6, 1e-3, 0.02, 0.3]), seed=st.integers(0, 999), data=st.data())
+def test_retraction_near_the_manifold_is_the_projection(d: int, step: float, seed: int, data: st.DataObject) -> None:
+    """Which is a Cholesky factorisation near by and a QR far away; beside other rows too."""
+    torch.manual_seed(seed)
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float64]))
+    k = data.draw(st.integers(0, d // 2))
+    r = data.draw(st.integers(1, d - k))
+    every = orthonormal_rows(torch.randn(3, k + r, d, dtype=dtype))
+    beside = list(every[:, :k]) if k else None
+    moved = every[:, k:] + step * torch.randn(3, r, d, dtype=dtype) / d**0.5
+    expected = orthonormal_rows(moved, every[:, :k] if k else None)
+    parameters = [torch.nn.Parameter(rows.clone()) for rows in moved]
+    retract_(parameters, beside)
+    found = torch.stack([p.detach() for p in parameters])
+    torch.testing.assert_close(found, expected, rtol=0, atol=5e-6 if dtype == torch.float32 else 1e-12)
+    assert orthonormality_error(torch.cat([every[:, :k], found], 1)).max() < (4e-6 if dtype == torch.float32 else 1e-12)
+    retract_(parameters, beside)
+    assert torch.equal(torch.stack([p.detach() for p in parameters]), found)  # once is enough
+
+
+def test_rows_that_hold_no_numbers_are_an_error_of_the_training_not_of_the_projection() -> None:
+    rows = torch.nn.Parameter(torch.full((2, 6), float("nan")))
+    retract_([rows])
+    assert rows.isnan().all()
+
+
 def test_narrow_types_are_computed_in_fp32_also_under_autocast() -> None:
     matrix = torch.randn(4, 16)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -1,6 +1,7 @@
 """Every reuse path has the loss and the gradients of the plain computation; what is not exact is not reused."""
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from reuse_cases import FEWER, collate, computed, doubles, examples, reft, reuse
 
 from conftest import tiny_llama
 from families import FP32, tiny
-from reftune.train.reuse import DiskStore, MemoryStore, make_plan
+from reftune.train.reuse import DiskStore, MemoryStore, make_plan, prefix
 from reftune.train.reuse.check import check
 from reftune.tuner.caches import cache_name
 
@@ -64,11 +65,13 @@ def batches(draw: Any) -> dict[str, Any]:
         ["block_output", "block_input", "mlp_output", "attention_output", ["attention_input", "mlp_input"]]
     ),
     name=st.sampled_from(["llama", "mistral", "gpt2"]),
+    on_gpu=st.booleans(),
 )
-def test_any_batch(batch: Any, positions: str, layers: Any, component: Any, name: str) -> None:
+def test_any_batch(batch: Any, positions: str, layers: Any, component: Any, name: str, on_gpu: bool) -> None:
+    """Also with the heads laid out as they are on an accelerator."""
     model = reft(tiny(name), positions, layers=layers, component=component)
     engine, said = reuse(model)
-    with doubles():
+    with doubles(), patch.object(prefix, "_starts_slowly", lambda device: on_gpu):
         plain_loss, plain = computed(model, dict(batch))
         for keep in (False, True, True):
             loss, gradients = with_reuse(engine, batch, keep)

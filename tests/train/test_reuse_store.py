@@ -10,7 +10,7 @@ from reuse_cases import collate, computed, doubles, examples, reft, reuse, with_
 
 from conftest import tiny_llama
 from families import tiny
-from reftune.train.reuse import DiskStore, MemoryStore, store
+from reftune.train.reuse import DeviceStore, DiskStore, MemoryStore, store, store_near
 from reftune.train.reuse.fingerprint import fingerprint, weights_digest
 
 MARK = {"base weights": "a", "versions": "1"}
@@ -183,3 +183,60 @@ def test_the_digest_sees_every_change() -> None:
     half.model.norm.weight.data[7] -= 1
     assert fingerprint(half, None) == mark
     assert store.differences(fingerprint(half, torch.float16), mark) == "precision"
+
+
+# -- on an accelerator ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """What torch would say of a GPU's memory, in bytes."""
+    says = {"free": 1000, "total": 1000, "memory_allocated": 0, "memory_reserved": 0, "max_memory_allocated": 0}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (says["free"], says["total"]))
+    for name in ("memory_allocated", "memory_reserved", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda device, name=name: says[name])
+    return says
+
+
+def head(count: int) -> dict[str, torch.Tensor]:
+    return {"k0 v0": torch.zeros(count // 4)}
+
+
+def test_near_an_accelerator_a_quarter_of_what_is_free_is_used(gpu: dict[str, int]) -> None:
+    kept = store_near(torch.device("cuda"))
+    said: list[str] = []
+    kept.say = said.append
+    assert kept.budget == 250
+    assert kept.put("a", head(200))
+    assert kept.put("s", {"state": torch.zeros(5)})
+    assert not said
+    assert not kept.put("b", head(200))  # computed each time
+    assert kept.get("b") is None
+    assert kept.put("t", {"state": torch.ones(5)})  # worth fetching from main memory
+    assert torch.equal(kept.get("t")["state"], torch.ones(5))
+    assert kept.used == 220
+    assert len(said) == 1
+    assert "no more room in the memory of cuda (220 B are kept)" in said[0]
+    kept.clear()
+    assert kept.get("t") is None
+    assert kept.get("a") is None
+    assert kept.put("b", head(200))
+
+
+def test_what_a_step_has_needed_stays_free(gpu: dict[str, int]) -> None:
+    gpu |= {"free": 100, "memory_allocated": 300, "memory_reserved": 500, "max_memory_allocated": 400}
+    kept = store_near(torch.device("cuda"), 10**9)
+    # 100 free and 200 idle, of which a step takes 100 again and 100 are spared: 100 are left
+    assert kept.put("a", head(96))
+    assert not kept.put("b", head(104))
+
+
+def test_tensors_stay_where_they_were_made() -> None:
+    assert type(store_near(torch.device("cpu"), 10**6)) is MemoryStore
+    kept = DeviceStore.__new__(DeviceStore)
+    assert isinstance(kept, MemoryStore)
+    entry = {"state": torch.ones(2, device="meta")}
+    kept.entries, kept.used, kept.full, kept.budget = {}, 0, False, 100
+    kept._room = lambda size: True  # type: ignore[method-assign]
+    assert kept.put("a", entry)
+    assert kept.get("a")["state"].device.type == "meta"

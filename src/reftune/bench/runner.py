@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from reftune.train.precision import slow_bf16
-from reftune.train.reuse import MemoryStore
+from reftune.train.reuse import MemoryStore, store_near
 
 from .checks import check_grounds
 from .claims import Claims
@@ -65,15 +67,16 @@ def run_grid(
     """
     if reuse not in ("auto", "off"):
         raise ValueError(f'reuse is "auto" or "off", but is {reuse!r}.')
-    if reuse_budget is None:
+    device = torch.device(this_device()["device"])
+    if reuse_budget is None and device.type == "cpu":
         reuse_budget = MemoryStore().budget // 2
-    kept = MemoryStore(reuse_budget) if reuse == "auto" else None
+    kept = store_near(device, reuse_budget) if reuse == "auto" else None
     folder, store = data_folder(data), Store(out)
     claims = Claims(store.directory / "claims", stale=stale)
     plan = jobs(grid)
     if any(not store.has(job.id) for job in plan):
         check_grounds(grid, folder)
-        if grid.train.bf16 and (hint := slow_bf16(this_device()["device"])):
+        if grid.train.bf16 and (hint := slow_bf16(device.type)):
             say(hint)
     failed: dict[str, str] = {}
     finished, started = 0, time.monotonic()

@@ -9,6 +9,8 @@ gradient is the one of the QR factorisation at that point, in closed form (`rows
 
 so a training step costs one batched QR and no backward through it, the scale of R cannot drift, weight decay cannot
 shrink it, and what is saved is R bit for bit. The QR with a positive diagonal leaves orthonormal rows as they are.
+An optimiser's step leaves R near the manifold, and there the same Q and T come from a Cholesky factorisation of r×r
+numbers, R Rᵀ = Tᵀ T and Qᵀ = T⁻ᵀ R, which a GPU does for all sites in a few kernels where a QR takes it many.
 
 `beside=B` (k, d), orthonormal rows too, keeps R in the complement of B: the QR is that of [B; R] and its last r rows
 are taken, which are orthogonal to B to machine precision however R lies, and ∂L/∂R loses its part G Bᵀ B.
@@ -51,24 +53,34 @@ def orthonormal_rows(matrix: Tensor, beside: Tensor | None = None) -> Tensor:
 
 
 def orthonormality_error(rows: Tensor) -> Tensor:
-    """max |R Rᵀ − I| of each matrix, (..., r, d) → (...); R is taken in fp32 or wider."""
-    wide = rows if rows.dtype == torch.float64 else rows.float()
-    with torch.autocast(device_type=wide.device.type, enabled=False):
-        gram = wide @ wide.mT
-    return (gram - torch.eye(rows.shape[-2], dtype=gram.dtype, device=gram.device)).abs().amax(dim=(-2, -1))
+    """max |R Rᵀ − I| of each matrix, (..., r, d) → (...) in fp32 or wider."""
+    wide = _exact(rows)
+    gram = wide @ wide.mT
+    error = (gram - torch.eye(rows.shape[-2], dtype=gram.dtype, device=gram.device)).abs().amax(dim=(-2, -1))
+    return error if rows.dtype == torch.float64 else error.float()
+
+
+def _exact(rows: Tensor) -> Tensor:
+    """In fp64, which neither TF32 nor autocast blurs; in fp32 on a device without it."""
+    return rows.float() if rows.device.type == "mps" else rows.double()
 
 
 def are_orthonormal(rows: Tensor, beside: Tensor | None = None) -> Tensor:
     """Whether rows (..., r, d) are orthonormal, and orthogonal to `beside` (..., k, d), to rounding: (..., 1, 1)."""
     if beside is None or not beside.shape[-2]:
         return _is_orthonormal(rows)
-    with torch.autocast(device_type=rows.device.type, enabled=False):
-        across = (rows @ beside.to(rows).mT).abs().amax(dim=(-2, -1))[..., None, None]
+    across = (_exact(rows) @ _exact(beside.to(rows)).mT).abs().amax(dim=(-2, -1))[..., None, None]
     return _is_orthonormal(rows) & (across <= _TOLERANCE_ACROSS[rows.dtype])
 
 
 def _is_orthonormal(rows: Tensor) -> Tensor:
     return (orthonormality_error(rows) <= _TOLERANCE[rows.dtype])[..., None, None]
+
+
+def may_ask(device: torch.device) -> bool:
+    """Whether the program may look at a number on the device: not while a graph is recorded of it."""
+    recording = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return not recording and not torch.compiler.is_compiling()
 
 
 def can_retract(parameter: Tensor) -> bool:
@@ -78,7 +90,7 @@ def can_retract(parameter: Tensor) -> bool:
 
 @torch.no_grad()
 def retract_(parameters: Iterable[Tensor], beside: Iterable[Tensor | None] | None = None) -> None:
-    """Pull every R back onto orthonormal rows in place, one batched QR for each (shape, dtype, device).
+    """Pull every R back onto orthonormal rows in place, one batched factorisation for each (shape, dtype, device).
 
     `beside` has an entry for each parameter: None, or the orthonormal rows (k, d) that R stays orthogonal to.
     """
@@ -91,12 +103,28 @@ def retract_(parameters: Iterable[Tensor], beside: Iterable[Tensor | None] | Non
     for (_, dtype, device, kept), group in groups.items():
         stacked = torch.stack([p.detach() for p, _ in group])
         others = torch.stack([o.to(stacked) for _, o in group if o is not None]) if kept else None
-        # On the CPU the check is free and usually saves the QR (accumulation, recomputation, inference);
-        # elsewhere it would be a synchronisation, so the choice is made on the device, matrix by matrix.
-        if device.type == "cpu" and not torch.compiler.is_compiling() and bool(are_orthonormal(stacked, others).all()):
-            continue
-        for (parameter, _), rows in zip(group, orthonormal_rows(stacked, others), strict=True):
+        near = False
+        if may_ask(device):
+            good = are_orthonormal(stacked, others)
+            whole = stacked if others is None else torch.cat([others, stacked], dim=-2)
+            error = orthonormality_error(whole).amax() * whole.shape[-2]  # at least that of the Gram's eigenvalues
+            done, error = torch.stack([good.all().to(error), error]).tolist()  # one wait for the device
+            if done:  # accumulation, recomputation, a second forward
+                continue
+            near = error < 0.5 and device.type != "mps"
+        found = _orthonormal_rows_nearby(stacked, others) if near else orthonormal_rows(stacked, others)
+        for (parameter, _), rows in zip(group, found, strict=True):
             parameter.copy_(rows.to(dtype))
+
+
+def _orthonormal_rows_nearby(rows: Tensor, beside: Tensor | None) -> Tensor:
+    """`orthonormal_rows`, for rows that are nearly so already; nothing to differentiate."""
+    first = 0 if beside is None else beside.shape[-2]
+    wide = _exact(rows if beside is None else torch.cat([beside, rows], dim=-2))
+    factor = torch.linalg.cholesky_ex(wide @ wide.mT).L
+    eye = torch.eye(wide.shape[-2], dtype=wide.dtype, device=wide.device).expand_as(factor)
+    projected = (torch.linalg.solve_triangular(factor, eye, upper=False) @ wide)[..., first:, :].to(rows.dtype)
+    return torch.where(are_orthonormal(rows, beside), rows, projected)
 
 
 class _RowsAtManifold(torch.autograd.Function):

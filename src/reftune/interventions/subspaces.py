@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .base import Intervention, intervention_class, kind_of
 from .choice import Choice
 from .complement import Taken
-from .orthogonal import can_retract, orthonormal_rows
+from .orthogonal import can_retract, may_ask, orthonormal_rows
 from .rows import LowRankIntervention
 from .together import rows_together
 
@@ -256,7 +256,7 @@ def put_right_together(interventions: Iterable[SubspaceIntervention]) -> None:
         right = rows_together(rows, last, group[0]._frozen(device), fixed)
         for module, old, new in zip(group, rows, right, strict=True):
             module._last = new.clone()
-            same = device.type == "cpu" and torch.equal(old, new)
+            same = right is rows or (may_ask(device) and torch.equal(old, new))
             for part, own, still in zip(module.parts.values(), new.split(list(ranks)), frozen, strict=True):
                 if not same and (not still or all(frozen)):  # an earlier graph may hold the rows of a frozen task
                     part.R.copy_(own.to(dtype))

@@ -14,7 +14,7 @@ The gradient that goes with it holds the other tasks fixed: `rows_at_manifold(R,
 import torch
 from torch import Tensor
 
-from .orthogonal import are_orthonormal
+from .orthogonal import are_orthonormal, may_ask
 
 
 @torch.no_grad()
@@ -28,7 +28,7 @@ def rows_together(rows: Tensor, last: Tensor, frozen: Tensor, fixed: Tensor | No
         fixed: (n, k, d) orthonormal rows that all of them must be orthogonal to, or None.
     """
     good = are_orthonormal(rows, fixed)
-    if rows.device.type == "cpu" and bool(good.all()):
+    if may_ask(rows.device) and bool(good.all()):
         return rows
     still = _only_scaled(rows, last)
     kept = frozen.view(1, -1, 1) | still

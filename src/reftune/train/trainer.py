@@ -16,6 +16,7 @@ import transformers
 
 from .head_rate import HeadRate
 from .reuse.check import check
+from .reuse.device_store import store_near
 from .reuse.engine import Reuse
 from .reuse.store import DiskStore, MemoryStore, Store, size_words
 
@@ -26,10 +27,12 @@ class ReusesFrozenBase:
     """Mixin in front of a trainer class.
 
     Args:
-        reuse: "auto" keeps states in memory if examples come more than once; "memory" and "disk" keep them always,
-            the disk over restarts; "off" is the plain trainer. A store that another trainer has filled may be passed
-            too: its entries serve every adapter with the same first edited layer and the same suffix.
-        reuse_budget: bytes to keep at most, in each process; None is half of the memory, or of the disk, that is free.
+        reuse: "auto" keeps states if examples come more than once, in main memory or, on an accelerator, there
+            (`DeviceStore`); "memory" and "disk" keep them always, in main memory or on the disk over restarts; "off"
+            is the plain trainer. A store that another trainer has filled may be passed too: its entries serve every
+            adapter with the same first edited layer and the same suffix.
+        reuse_budget: bytes to keep at most, in each process; None is half of the memory, or of the disk, that is
+            free, on an accelerator a quarter.
         reuse_dir: where "disk" keeps them; None is `<output_dir>/reuse`.
         say: takes messages for the user; None prints them, on the main process.
     """
@@ -56,7 +59,9 @@ class ReusesFrozenBase:
             store = reuse
         elif reuse == "disk":
             store = DiskStore(reuse_dir or os.path.join(own.args.output_dir, "reuse"), reuse_budget)
-        elif reuse in ("auto", "memory"):
+        elif reuse == "auto":
+            store = store_near(own.args.device, reuse_budget)
+        elif reuse == "memory":
             store = MemoryStore(reuse_budget)
         elif reuse == "off":
             return

@@ -3,9 +3,21 @@
 See docs/reuse.md; `reftune.train.ReftTrainer` uses it by itself.
 """
 
+from .device_store import DeviceStore, store_near
 from .engine import Prepared, Reuse
 from .plan import Plan, make_plan
 from .store import DiskStore, MemoryStore, Store
 from .window import NotReusableError
 
-__all__ = ["DiskStore", "MemoryStore", "NotReusableError", "Plan", "Prepared", "Reuse", "Store", "make_plan"]
+__all__ = [
+    "DeviceStore",
+    "DiskStore",
+    "MemoryStore",
+    "NotReusableError",
+    "Plan",
+    "Prepared",
+    "Reuse",
+    "Store",
+    "make_plan",
+    "store_near",
+]

@@ -149,7 +149,7 @@ class Reuse:
                 contexts.append(lambda: packed(frozen.attention))
             if depth:
                 width = window.input_ids.shape[1]
-                state = torch.stack([_padded(s, width) for s in states]).to(_device(frozen.blocks[depth - 1], device))
+                state = _stacked(states, width, _device(frozen.blocks[depth - 1], device))
                 contexts.append(lambda: skip_blocks(frozen.blocks[:depth], state, frozen.as_tuple))
         if plan.logits:
             head = base.get_output_embeddings()
@@ -182,16 +182,12 @@ class Reuse:
                 if heads[i] is None:
                     heads[i] = found[place]
                     if keep:
-                        self._put(_head_key(rows[i], depth), found[place])
+                        self.store.put(_head_key(rows[i], depth), found[place])
                 if depth and states[i] is None:
                     states[i] = outputs[place]
                     if keep:
-                        self._put(_state_key(rows[i], depth), {"state": outputs[place]})
+                        self.store.put(_state_key(rows[i], depth), {"state": outputs[place]})
         return heads, states  # type: ignore[return-value]
-
-    def _put(self, key: str, entry: dict[str, Tensor]) -> None:
-        if not self.store.full:
-            self.store.put(key, {name: tensor.cpu() for name, tensor in entry.items()})
 
     def _open(self, frozen: Frozen) -> None:
         """Make sure that the store's entries belong to the base as it is now."""
@@ -230,8 +226,11 @@ def _state_key(row: Row, depth: int) -> str:
     return entry_key("state", depth, row.head, row.ids[row.start : row.end])
 
 
-def _padded(state: Tensor, width: int) -> Tensor:
-    return torch.nn.functional.pad(state, (0, 0, 0, width - state.shape[0]))
+def _stacked(states: Sequence[Tensor], width: int, device: torch.device) -> Tensor:
+    """(n, d) each → (B, width, d) on the device; some may lie elsewhere than others."""
+    where = {state.device for state in states}
+    states = states if len(where) == 1 else [state.to(device) for state in states]
+    return torch.stack([torch.nn.functional.pad(s, (0, 0, 0, width - s.shape[0])) for s in states]).to(device)
 
 
 def _device(module: Any, default: Any) -> Any:

@@ -86,12 +86,23 @@ class HeadLayer(DynamicLayer):
         return self.length + count, 0
 
 
+class LaidOutLayer(HeadLayer):
+    """The same, of heads that lie in their columns already: keys and values are (B, H, length, D)."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        keys, values = self.pieces
+        return torch.cat([keys.to(key_states), key_states], 2), torch.cat([values.to(value_states), value_states], 2)  # type: ignore[attr-defined]
+
+
 def head_cache(entries: Sequence[Entry], starts: Sequence[int], layers: int) -> Any:
     """A cache that holds the heads of a batch; layers that no entry holds only know how long they are."""
     length = max(starts)
     index: dict[str, tuple[str, int]] = {}
-    for group in next((entry for entry, start in zip(entries, starts, strict=True) if start), {}):
+    first = next((entry for entry, start in zip(entries, starts, strict=True) if start), {})
+    for group in first:
         index |= {name: (group, place) for place, name in enumerate(group.split())}
+    if any(_starts_slowly(tensor.device) for tensor in first.values()):
+        return _laid_out(entries, starts, layers, index)
 
     def pieces(name: str) -> list[Tensor]:
         if name not in index:
@@ -104,4 +115,31 @@ def head_cache(entries: Sequence[Entry], starts: Sequence[int], layers: int) -> 
 
     cache = DynamicCache()
     cache.layers = [HeadLayer(pieces(f"k{n}"), pieces(f"v{n}"), length) for n in range(layers)]
+    return cache
+
+
+def _starts_slowly(device: torch.device) -> bool:
+    return device.type != "cpu"
+
+
+def _laid_out(
+    entries: Sequence[Entry], starts: Sequence[int], layers: int, index: Mapping[str, tuple[str, int]]
+) -> Any:
+    """`head_cache` in one copy a row, where a copy a row and layer costs more to start than to do."""
+    length, groups = max(starts), dict[str, Tensor]()
+    for row, entry in enumerate(entries):
+        for group, tensor in entry.items() if starts[row] else ():
+            count, heads, tokens, width = tensor.shape
+            if group not in groups:
+                groups[group] = tensor.new_zeros(count, len(entries), heads, length, width)
+            groups[group][:, row, :, length - tokens :] = tensor
+
+    def layer(number: int) -> HeadLayer:
+        if f"k{number}" not in index:
+            return HeadLayer([], [], length)
+        keys, values = (groups[group][place] for group, place in (index[f"k{number}"], index[f"v{number}"]))
+        return LaidOutLayer(keys, values, length)  # type: ignore[arg-type]
+
+    cache = DynamicCache()
+    cache.layers = [layer(number) for number in range(layers)]
     return cache

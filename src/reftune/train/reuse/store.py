@@ -1,10 +1,10 @@
 """Where entries are kept: in memory, or on a disk as memory-mapped safetensors that survive a restart.
 
-    store = MemoryStore(budget)            # or DiskStore(directory, budget)
+    store = MemoryStore(budget)            # or DiskStore(directory, budget); on an accelerator: see device_store
     store.open(fingerprint)                # says what was found, forgets what belongs to another base
     store.put(key, entry); store.get(key)  # get: the entry, or None, never one that does not belong
 
-An entry is a dict of CPU tensors. A key names the tokens it was computed from, so a changed row has another key.
+An entry is a dict of tensors, kept on the CPU. A key names the tokens it was computed from: a changed row has another.
 """
 
 import contextlib
@@ -121,7 +121,7 @@ class MemoryStore(Store):
         return self.entries.get(key)
 
     def _write(self, key: str, entry: Entry) -> bool:
-        self.entries[key] = entry
+        self.entries[key] = {name: tensor.cpu() for name, tensor in entry.items()}
         return True
 
 
@@ -197,7 +197,7 @@ class DiskStore(Store):
     def _write(self, key: str, entry: Entry) -> bool:
         from safetensors.torch import save
 
-        entry = {name: tensor.contiguous() for name, tensor in entry.items()}
+        entry = {name: tensor.cpu().contiguous() for name, tensor in entry.items()}
         about = {"key": key, "fingerprint": self.folder.name, "checksum": _checksum(entry)}
         path = self._path(key)
         try:
