@@ -10,9 +10,6 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-if _device := os.environ.get("REFTUNE_TEST_DEVICE"):  # such as cuda: models and tensors of the tests are made there
-    torch.set_default_device(_device)
-
 
 def tiny_llama(
     layers: int = 4, hidden: int = 32, seed: int = 0, dtype: torch.dtype = torch.float32
