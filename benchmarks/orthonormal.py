@@ -3,9 +3,9 @@
     python benchmarks/orthonormal.py                       # or --device cuda
 
 Ways, interleaved in one process: `unconstrained` (no constraint), `reftune` (all R pulled back in place by one batched
-Cholesky factorisation, its gradient in closed form), `qr` (the same by one batched QR), `qr in the graph` (torch's QR of
-the stacked R and its backward). AdamW moves R before every step, so that there is always something to pull back. Prints
-medians and quartiles in ms as Markdown; synchronised wall time.
+Cholesky factorisation, its gradient in closed form), `qr` (the same by one batched QR), `qr in the graph` (torch's QR
+of the stacked R and its backward). AdamW moves R before every step, so that there is always something to pull back.
+Prints medians and quartiles in ms as Markdown; synchronised wall time.
 """
 
 import argparse

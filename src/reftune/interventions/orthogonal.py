@@ -103,28 +103,30 @@ def retract_(parameters: Iterable[Tensor], beside: Iterable[Tensor | None] | Non
     for (_, dtype, device, kept), group in groups.items():
         stacked = torch.stack([p.detach() for p, _ in group])
         others = torch.stack([o.to(stacked) for _, o in group if o is not None]) if kept else None
-        near = False
-        if may_ask(device):
-            good = are_orthonormal(stacked, others)
-            whole = stacked if others is None else torch.cat([others, stacked], dim=-2)
-            error = orthonormality_error(whole).amax() * whole.shape[-2]  # at least that of the Gram's eigenvalues
-            done, error = torch.stack([good.all().to(error), error]).tolist()  # one wait for the device
-            if done:  # accumulation, recomputation, a second forward
-                continue
-            near = error < 0.5 and device.type != "mps"
-        found = _orthonormal_rows_nearby(stacked, others) if near else orthonormal_rows(stacked, others)
-        for (parameter, _), rows in zip(group, found, strict=True):
-            parameter.copy_(rows.to(dtype))
+        found = _righted(stacked, others) if may_ask(device) else orthonormal_rows(stacked, others)
+        if found is not None:
+            for (parameter, _), rows in zip(group, found, strict=True):
+                parameter.copy_(rows.to(dtype))
 
 
-def _orthonormal_rows_nearby(rows: Tensor, beside: Tensor | None) -> Tensor:
-    """`orthonormal_rows`, for rows that are nearly so already; nothing to differentiate."""
+def _righted(rows: Tensor, beside: Tensor | None) -> Tensor | None:
+    """`orthonormal_rows` of (n, r, d), not differentiable; None if all are so already. Waits once for the device."""
     first = 0 if beside is None else beside.shape[-2]
     wide = _exact(rows if beside is None else torch.cat([beside, rows], dim=-2))
-    factor = torch.linalg.cholesky_ex(wide @ wide.mT).L
-    eye = torch.eye(wide.shape[-2], dtype=wide.dtype, device=wide.device).expand_as(factor)
-    projected = (torch.linalg.solve_triangular(factor, eye, upper=False) @ wide)[..., first:, :].to(rows.dtype)
-    return torch.where(are_orthonormal(rows, beside), rows, projected)
+    gram = wide @ wide.mT
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    error = (gram - eye).abs()
+    good = error[:, first:, first:].amax((-2, -1)) <= _TOLERANCE[rows.dtype]
+    if first:
+        good &= error[:, first:, :first].amax((-2, -1)) <= _TOLERANCE_ACROSS[rows.dtype]
+    done, far = torch.stack([good.all().to(error), error.amax()]).tolist()
+    if done:  # accumulation, recomputation, a second forward
+        return None
+    if not far * len(eye) < 0.5 or gram.dtype != torch.float64:  # the Gram's eigenvalues may be far from 1
+        return orthonormal_rows(rows, beside)
+    factor = torch.linalg.cholesky_ex(gram).L
+    inverse = torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False)[:, first:]
+    return torch.where(good[:, None, None], rows, (inverse @ wide).to(rows.dtype))
 
 
 class _RowsAtManifold(torch.autograd.Function):
