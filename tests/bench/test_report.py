@@ -181,3 +181,25 @@ def test_the_precision_is_named_where_methods_differ_in_it() -> None:
     for one in made:
         one["spec"]["dtype"] = "bfloat16"
     assert "Trained in bfloat16. " in report([one | {"machine": gpu} for one in made])
+
+
+def sweep(method: str, task: str, lr: float, loss: float | None, by: str = "loss", **more: Any) -> dict[str, Any]:
+    made = row(method, task, 0, {}, stage="sweep", lr=lr, selection={by: loss}, **more)
+    return made | {"spec": made["spec"] | {"sweep": {"by": by}}}
+
+
+def test_every_rate_that_was_tried_is_shown_with_the_best_in_bold() -> None:
+    found = [sweep("lora", "rte", 2e-3, 0.5), sweep("lora", "rte", 1e-3, 0.71234), sweep("lora", "rte", 4e-3, None)]
+    found += [sweep("red", "cola", 1e-3, 0.9), sweep("red", "cola", 5e-4, float("nan"))]
+    text = report(rows() + found)
+    assert "Selection rows, loss, after 10 steps, seed 0; the best in bold." in text
+    assert "| lora | 0.001: 0.7123, 0.002: **0.5000**, 0.004: broke down | – |" in text
+    assert "| red | – | 0.0005: broke down, 0.001: **0.9000** |" in text
+    assert "Selection rows" not in report(rows())
+
+
+def test_sweeps_alone_are_shown_too() -> None:
+    text = report([sweep("lora", "rte", 1e-3, 0.25, "score"), sweep("lora", "rte", 2e-3, 0.5, "score")])
+    assert "No final run is done yet; 2 sweep runs are." in text
+    assert "Selection rows, score, after" in text
+    assert "| lora | 0.001: 25.0, 0.002: **50.0** |" in text

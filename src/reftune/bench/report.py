@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .about import about
+from .rates import short, table, tried
 from .tasks import task
 
 
@@ -86,11 +87,12 @@ def report(rows: Sequence[dict[str, Any]], title: str = "Results") -> str:
     _agree(rows)
     summaries = summarise(rows)
     if not summaries:
-        return f"# {title}\n\nNo final run is done yet; {len(rows)} sweep runs are.\n"
+        return f"# {title}\n\nNo final run is done yet; {len(rows)} sweep runs are.\n\n{tried(rows)}\n"
     columns = primary(summaries)
     text = [f"# {title}", "", about(rows), "", _main(summaries, columns), ""]
     text += [_notes(summaries), "", "## Every metric", "", _breakdown(summaries), "", "## Learning rates", ""]
-    return "\n".join([*text, _rates(summaries), ""])
+    every = tried(rows)
+    return "\n".join([*text, _rates(summaries), "", *([every, ""] if every else [])])
 
 
 def cell(values: Sequence[float], share: bool = True) -> str:
@@ -112,7 +114,7 @@ def _main(summaries: Sequence[Summary], columns: list[tuple[str, str]]) -> str:
         cells += [cell(list(one.scores[c].values()), _metric(c).share) for c in columns]
         cells += [cell(one.average(columns))] if len(heads) > len(cells) else []
         lines.append([*cells, f"{statistics.fmean(one.step):.2f}", f"{statistics.fmean(one.seconds):.0f}"])
-    return _table([*heads, "s a step", "s to train"], lines)
+    return table([*heads, "s a step", "s to train"], lines)
 
 
 def _breakdown(summaries: Sequence[Summary]) -> str:
@@ -122,7 +124,7 @@ def _breakdown(summaries: Sequence[Summary]) -> str:
         share = next((m.share for m in task(name).metrics if m.name == metric), False)
         values = [cell(list(one.scores[name, metric].values()), share) for one in summaries]
         lines.append([name, metric, *values])
-    return _table(["task", "metric", *(one.method for one in summaries)], lines)
+    return table(["task", "metric", *(one.method for one in summaries)], lines)
 
 
 def _rates(summaries: Sequence[Summary]) -> str:
@@ -135,11 +137,10 @@ def _rates(summaries: Sequence[Summary]) -> str:
             head = f", head {one.head_rates[name]:g}" if name in one.head_rates else ""
             shown.append("–" if rate is None else f"{rate:g}{'†' if name in one.at_end else ''}{head}")
         lines.append([one.method, *shown])
-    short = [name if "+" not in name else "all tasks" for name in tasks]
-    table = _table(["method", *short], lines)
+    shown = table(["method", *map(short, tasks)], lines)
     if not any(one.at_end for one in summaries):
-        return table
-    return table + "\n\n† the best of the sweep lies at its end: a wider one may do better."
+        return shown
+    return shown + "\n\n† the best of the sweep lies at its end: a wider one may do better."
 
 
 def _agree(rows: Sequence[dict[str, Any]]) -> None:
@@ -192,11 +193,6 @@ def _notes(summaries: Sequence[Summary]) -> str:
         f"Mean ± sample standard deviation over seeds; shares, accuracies and correlations in percent.{head} "
         f"A step: the median, wall time; to train: CPU time on a CPU, else wall time.{reuse}"
     )
-
-
-def _table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rule = ["---"] * len(heads)
-    return "\n".join("| " + " | ".join(row) + " |" for row in (heads, rule, *lines))
 
 
 def _metric(column: tuple[str, str]) -> Any:
