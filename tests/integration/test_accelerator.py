@@ -24,7 +24,9 @@ from reftune.train.reuse import store_near
 pytestmark = pytest.mark.filterwarnings("ignore:.*reference PyTorch implementation.*", "ignore:.*YaRN.*")
 HERE = (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None) or torch.device("cpu")
 FAMILIES = [name for name in ("llama", "qwen3", "gemma3_text", "gpt2", "mistral", "gpt_oss", "phi3") if name in CAUSAL]
-POSITIONS = ["f2+l2", "l2", "all", "l1+gen", "mid1+gen:2"]
+POSITIONS = ["f2+l2", "l1+gen", "all", "l2", "mid1+gen:2"]
+if HERE.type == "cpu":  # where the other tests say the same
+    FAMILIES, POSITIONS = FAMILIES[:1], POSITIONS[:2]
 
 
 def adapted(base: Any, positions: str, count: int = 1, **settings: Any) -> Any:
@@ -118,10 +120,10 @@ def _adapter(model: Any) -> list[Tensor]:
     return [p.detach() for name, p in model.named_parameters() if ".reft_" in name]
 
 
-@pytest.mark.parametrize("positions", ["l2", "f2+l2", "l1+gen"])
-@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "gpt2"])
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_reuse_is_the_plain_computation(name: str, positions: str) -> None:
-    model = reft(tiny(name).to(HERE), positions)
+    model = reft(tiny(name).to(HERE), positions, layers=[1])
     engine, said = reuse(model, store=store_near(HERE, 10**8))
     for seed in range(2):
         batch = {key: tensor.to(HERE) for key, tensor in collate(examples(seed=seed)).items()}
