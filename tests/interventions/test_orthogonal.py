@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from reftune.interventions import orthonormal_rows, orthonormality_error, retract_
-from reftune.interventions.orthogonal import rows_at_manifold
+from reftune.interventions.orthogonal import right_rows, rows_at_manifold
 
 # -- the projection ---------------------------------------------------------------------------------------------------
 
@@ -81,6 +81,25 @@ def test_retraction_near_the_manifold_is_the_projection(d: int, step: float, see
     assert orthonormality_error(torch.cat([every[:, :k], found], 1)).max() < (4e-6 if dtype == torch.float32 else 1e-12)
     retract_(parameters, beside)
     assert torch.equal(torch.stack([p.detach() for p in parameters]), found)  # once is enough
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(d=st.integers(4, 40), count=st.integers(1, 9), beside=st.booleans(), seed=st.integers(0, 999))
+def test_what_is_saved_alone_is_what_is_written_in_a_group(d: int, count: int, beside: bool, seed: int) -> None:
+    """To the bit near the manifold and on it, whatever else is in the group; a QR's last bit depends on the place."""
+    torch.manual_seed(seed)
+    r = 1 + seed % (d // 2)
+    every = orthonormal_rows(torch.randn(count, min(d, r + 2), d))
+    others = [one[r:] for one in every] if beside else None
+    step = torch.tensor([0.0, 1e-3, 2.0]).repeat(count)[:count, None, None]
+    moved = every[:, :r] + step * torch.randn(count, r, d) / d**0.5
+    alone = [right_rows(rows, None if others is None else others[i]) for i, rows in enumerate(moved)]
+    parameters = [torch.nn.Parameter(rows.clone()) for rows in moved]
+    retract_(parameters, others)
+    for i, (parameter, rows) in enumerate(zip(parameters, alone, strict=True)):
+        assert i % 3 == 2 or torch.equal(parameter, rows)
+        torch.testing.assert_close(parameter.detach(), rows, atol=1e-4, rtol=0)
+        assert orthonormality_error(parameter.detach()) < 4e-6
 
 
 def test_rows_that_hold_no_numbers_are_an_error_of_the_training_not_of_the_projection() -> None:

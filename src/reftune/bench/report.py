@@ -137,10 +137,10 @@ def _rates(summaries: Sequence[Summary]) -> str:
             head = f", head {one.head_rates[name]:g}" if name in one.head_rates else ""
             shown.append("–" if rate is None else f"{rate:g}{'†' if name in one.at_end else ''}{head}")
         lines.append([one.method, *shown])
-    shown = table(["method", *map(short, tasks)], lines)
+    whole = table(["method", *map(short, tasks)], lines)
     if not any(one.at_end for one in summaries):
-        return shown
-    return shown + "\n\n† the best of the sweep lies at its end: a wider one may do better."
+        return whole
+    return whole + "\n\n† the best of the sweep lies at its end: a wider one may do better."
 
 
 def _agree(rows: Sequence[dict[str, Any]]) -> None:

@@ -119,14 +119,26 @@ def _righted(rows: Tensor, beside: Tensor | None) -> Tensor | None:
     good = error[:, first:, first:].amax((-2, -1)) <= _TOLERANCE[rows.dtype]
     if first:
         good &= error[:, first:, :first].amax((-2, -1)) <= _TOLERANCE_ACROSS[rows.dtype]
-    done, far = torch.stack([good.all().to(error), error.amax()]).tolist()
+    near = error.amax((-2, -1)) * len(eye) < 0.5  # so far at most are the Gram's eigenvalues from 1
+    done, all_near, some_near = torch.stack([good.all(), near.all(), near.any()]).tolist()
     if done:  # accumulation, recomputation, a second forward
         return None
-    if not far * len(eye) < 0.5 or gram.dtype != torch.float64:  # the Gram's eigenvalues may be far from 1
+    if not some_near or gram.dtype != torch.float64:
         return orthonormal_rows(rows, beside)
     factor = torch.linalg.cholesky_ex(gram).L
     inverse = torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False)[:, first:]
-    return torch.where(good[:, None, None], rows, (inverse @ wide).to(rows.dtype))
+    found = torch.where(good[:, None, None], rows, (inverse @ wide).to(rows.dtype))
+    # Each by itself, whatever stands beside it: a saved adapter is put right alone and must come out the same.
+    return found if all_near else torch.where(near[:, None, None], found, orthonormal_rows(rows, beside))
+
+
+@torch.no_grad()
+def right_rows(rows: Tensor, beside: Tensor | None = None) -> Tensor:
+    """What `retract_` would write for rows (r, d) beside (k, d)."""
+    if not can_retract(rows):
+        return orthonormal_rows(rows, beside)
+    found = _righted(rows[None], None if beside is None else beside[None].to(rows))
+    return rows if found is None else found[0]
 
 
 class _RowsAtManifold(torch.autograd.Function):

@@ -18,7 +18,7 @@ from .base import Intervention, in_precision_of
 from .choice import Choice
 from .complement import Taken, at_complement, without
 from .nested import nested_ranks
-from .orthogonal import can_retract, orthonormal_rows, retract_, rows_at_manifold
+from .orthogonal import can_retract, orthonormal_rows, retract_, right_rows, rows_at_manifold
 
 _ACROSS = {torch.float32: 5e-7, torch.float64: 1e-14}
 
@@ -188,7 +188,7 @@ class LowRankIntervention(Intervention):
                 continue
             basis = None if basis is None else basis.to(value.device)
             if name == "R" and self.orthonormal:
-                state[name] = orthonormal_rows(value.detach(), basis)
+                state[name] = right_rows(value.detach(), basis)
             elif basis is not None:
                 state[name] = _out_of(value.detach(), basis)
         return state
