@@ -80,3 +80,13 @@ def test_a_claim_is_touched_while_its_run_lasts_and_given_back_only_by_its_owner
         assert path.stat().st_mtime > 2
         claim_of(path, "elsewhere", age=0)  # taken over while this process was stopped
     assert json.loads(path.read_text())["host"] == "elsewhere"
+
+
+def test_what_the_dead_left_is_tidied_away_and_what_the_living_hold_is_not(tmp_path: Path) -> None:
+    claims = Claims(tmp_path)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for name, pid in (("done", dead.pid), ("held", os.getpid())):
+        (tmp_path / f"{name}.json").write_text(json.dumps({**claims.owner, "pid": pid, "token": "x"}))
+    claims.tidy()
+    assert [path.stem for path in tmp_path.glob("*.json")] == ["held"]

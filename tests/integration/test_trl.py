@@ -11,7 +11,7 @@ from tiny_training import adapter, losses
 
 from conftest import tiny_llama
 from reftune import ReftConfig
-from reftune.interventions.orthogonal import orthonormal_rows
+from reftune.interventions.orthogonal import right_rows
 from reftune.positions import NoPromptError
 from reftune.tuner.batch import Rows
 
@@ -239,7 +239,7 @@ def test_dpo(tokenizer: Any, tmp_path: Path, beta_from: str) -> None:
         mine = {n.replace(f".{name}.", ".default."): v for n, v in now.items() if f".{name}." in n}
         assert loaded.keys() == mine.keys()
         for key, value in mine.items():  # R was last touched by the optimiser: it is put right when it is saved
-            assert torch.equal(loaded[key], orthonormal_rows(value) if key.endswith(".R") else value)
+            assert torch.equal(loaded[key], right_rows(value) if key.endswith(".R") else value)
     assert_generation_edits_the_same(trainer.model, dict(spy.edited))
 
 

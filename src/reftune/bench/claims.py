@@ -54,6 +54,13 @@ class Claims:
         """The names of runs that somebody works on now."""
         return sorted(p.stem for p in self.directory.glob("*.json") if not self._free(p))
 
+    def tidy(self) -> None:
+        """Remove the claims whose owners are gone, such as of one killed when its run was done."""
+        with self._lock():
+            for path in self.directory.glob("*.json"):
+                if self._free(path):
+                    path.unlink(missing_ok=True)
+
     def _try(self, path: Path) -> bool:
         with self._lock():
             if path.exists() and not self._free(path):

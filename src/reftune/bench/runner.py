@@ -111,6 +111,7 @@ def run_grid(
             if not wait or not _others(todo, claims):
                 break
             time.sleep(1 + random.random())
+    claims.tidy()
     return Outcome(finished, failed, _left(plan, store))
 
 
