@@ -198,6 +198,14 @@ def test_every_rate_that_was_tried_is_shown_with_the_best_in_bold() -> None:
     assert "Selection rows" not in report(rows())
 
 
+def test_where_only_the_base_is_final_the_sweeps_say_what_is_trained() -> None:
+    base = row("base", "rte", 0, {"rte": {"accuracy": 0.5}}, steps=0, lr=None, sweep=None)
+    text = report([base, sweep("lora", "rte", 2e-3, 0.5)])
+    assert "Every method: 10 steps of 16 rows" in text
+    assert "learning rate chosen on the selection rows." in text
+    assert "no training" in report([base])
+
+
 def test_sweeps_alone_are_shown_too() -> None:
     text = report([sweep("lora", "rte", 1e-3, 0.25, "score"), sweep("lora", "rte", 2e-3, 0.5, "score")])
     assert "No final run is done yet; 2 sweep runs are." in text

@@ -146,7 +146,7 @@ def test_the_trainer_with_reuse_ends_where_it_ends_without(positions: str, tmp_p
         rows = examples(16)
         run = ReftTrainer(
             model=model, args=args, train_dataset=rows, data_collator=collate, reuse=way, say=lines.append
-        )  # type: ignore[arg-type]
+        )
         run.train()
         assert not any("switched off" in line for line in lines)
         ends.append((run.state.log_history[-2]["loss"], _adapter(model)))

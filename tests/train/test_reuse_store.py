@@ -231,12 +231,21 @@ def test_what_a_step_has_needed_stays_free(gpu: dict[str, int]) -> None:
     assert not kept.put("b", head(104))
 
 
-def test_tensors_stay_where_they_were_made() -> None:
+def test_a_budget_bounds_both_memories(gpu: dict[str, int]) -> None:
+    said: list[str] = []
+    for budget, free in ((0, 1000), (30, 50)):  # the second: 30 may be kept, but there is no room on the device
+        gpu["free"] = free
+        kept = store_near(torch.device("cuda"), budget)
+        kept.say = said.append
+        assert kept.put("s", {"state": torch.zeros(5)}) == (budget == 30)
+        assert not kept.put("t", {"state": torch.zeros(5)})
+        assert not kept.put("u", {"state": torch.zeros(5)})
+    assert len(said) == 2  # once each
+
+
+def test_tensors_stay_where_they_were_made(gpu: dict[str, int]) -> None:
     assert type(store_near(torch.device("cpu"), 10**6)) is MemoryStore
-    kept = DeviceStore.__new__(DeviceStore)
-    assert isinstance(kept, MemoryStore)
-    entry = {"state": torch.ones(2, device="meta")}
-    kept.entries, kept.used, kept.full, kept.budget = {}, 0, False, 100
-    kept._room = lambda size: True  # type: ignore[method-assign]
-    assert kept.put("a", entry)
+    kept = store_near(torch.device("cuda"))
+    assert type(kept) is DeviceStore
+    assert kept.put("a", {"state": torch.ones(2, device="meta")})
     assert kept.get("a")["state"].device.type == "meta"

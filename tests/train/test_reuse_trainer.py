@@ -212,7 +212,7 @@ def test_killed_and_resumed_is_uninterrupted(tmp_path: Path) -> None:
     whole.save_model(str(tmp_path / "whole" / "end"))
     here = Path(__file__).parent
     code = f"import sys; sys.path[:0] = [{str(here)!r}, {str(here.parent)!r}]; import test_reuse_trainer as t\n"
-    for step in (5, 7, 99):
+    for step in (1, 5, 7, 99):
         call = f"t.killed(t.Path({str(tmp_path / 'killed')!r}), {step})"
         ended = subprocess.run([sys.executable, "-c", code + call], capture_output=True, timeout=120, check=False)
         assert ended.returncode == (0 if step == 99 else -signal.SIGKILL), ended.stderr[-2000:]

@@ -7,22 +7,23 @@ _SHOWN = ("python", "reftune", "torch", "transformers", "peft")
 
 
 def about(rows: Sequence[dict[str, Any]]) -> str:
-    """One paragraph on all final runs: what is true of some of them alone is said so."""
+    """One paragraph on all final runs, or the sweeps where no trained one is final: what is true of some is said so."""
     finals = [row for row in rows if row["stage"] == "final"]
     spec, seeds = finals[0]["spec"], sorted({row["seed"] for row in finals})
     counts = {n: c for row in finals for n, c in row["rows"].items()}
     sizes = ", ".join(f"{n} {c['train']}/{c['select']}/{c['test']}" for n, c in counts.items())
-    budgets = dict.fromkeys(_budget(row) for row in finals if row["steps"])
+    trained = [row for row in finals if row["steps"]] or [row for row in rows if row["stage"] == "sweep"]
+    budgets = dict.fromkeys(_budget(row) for row in trained)
     found = {name: {row["versions"].get(name) for row in finals} - {None} for name in finals[0]["versions"]}
     kept = ", ".join(f"{name} {' and '.join(sorted(found[name]))}" for name in found if name in _SHOWN)
-    swept, trained = [r for r in finals if r.get("sweep")], [r for r in finals if r["steps"]]
+    swept = [row for row in trained if row.get("sweep") or row["stage"] == "sweep"]
     rates = "chosen on the selection rows" if swept else "given"
     if swept and len(swept) < len(trained):
         rates += " where several were tried"
     return (
         f"Model {spec['model']}, suite {spec['suite']}, seeds {', '.join(map(str, seeds))}. "
         f"Every method: {' or '.join(budgets) or 'no training'}, the same rows in the same order; learning rate "
-        f"{rates}. Rows (train/select/test): {sizes}.{_lengths(finals)}{_precision(finals)} "
+        f"{rates}. Rows (train/select/test): {sizes}.{_lengths(trained)}{_precision(trained)} "
         f"Versions: {kept}.{_accelerators(finals)}"
     )
 

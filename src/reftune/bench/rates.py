@@ -1,8 +1,10 @@
-"""The learning rates of a report: the ones that final runs have, and all that were tried for them."""
+"""The learning rates that a report shows: all that were tried, with what they reached on the selection rows."""
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from .markdown import table
 
 
 def tried(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -20,12 +22,6 @@ def tried(rows: Sequence[Mapping[str, Any]]) -> str:
     seeds = ", ".join(str(seed) for seed in sorted({row["seed"] for row in sweeps}))
     said = f"Selection rows, {by}, after {steps} steps, seed {seeds}; the best in bold."
     return f"{said}\n\n{table(['method', *map(short, tasks)], lines)}"
-
-
-def table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Markdown."""
-    rule = ["---"] * len(heads)
-    return "\n".join("| " + " | ".join(row) + " |" for row in (heads, rule, *lines))
 
 
 def short(task: str) -> str:

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .about import about
-from .rates import short, table, tried
+from .markdown import table
+from .rates import short, tried
 from .tasks import task
 
 

@@ -9,7 +9,7 @@ With R, W: r×d and b: r, and f = act_fn or the identity:
     DiReFT    h + Rᵀ f(Wh + b)         R Rᵀ = I   pyreft's DiReFT
     NodiReFT  h + Rᵀ f(Wh + b)         R free     pyreft's name; *the paper's DiReFT* (eq. 3, W₂ = R, W₁ = W)
 
-`R` of LoReFT costs one batched QR a training step (see `orthogonal`), nothing at inference.
+`R` of LoReFT costs one batched factorisation a training step (see `orthogonal`), nothing at inference.
 """
 
 import math

@@ -1,16 +1,16 @@
 """Orthonormal rows: the constraint R Rᵀ = I of LoReFT, kept without a d×d buffer and without an optimiser hook.
 
 R is an ordinary fp32 parameter. Before a training forward every R of the model is pulled back onto the Stiefel
-manifold in place, all equally shaped ones in one batched QR (`retract_`). The forward then uses R itself, and the
-gradient is the one of the QR factorisation at that point, in closed form (`rows_at_manifold`):
+manifold in place, all equally shaped ones in one batched factorisation (`retract_`). The forward then uses R itself,
+and the gradient is the one of the QR factorisation at that point, in closed form (`rows_at_manifold`):
 
     A = Rᵀ  (d×r, AᵀA = I),  A = Q T with Q = A, T = I
     ∂L/∂R = G − sym(G Rᵀ) R,   G = ∂L/∂Q ᵀ,   sym(M) = tril(M) + tril(M, −1)ᵀ
 
-so a training step costs one batched QR and no backward through it, the scale of R cannot drift, weight decay cannot
-shrink it, and what is saved is R bit for bit. The QR with a positive diagonal leaves orthonormal rows as they are.
-An optimiser's step leaves R near the manifold, and there the same Q and T come from a Cholesky factorisation of r×r
-numbers, R Rᵀ = Tᵀ T and Qᵀ = T⁻ᵀ R, which a GPU does for all sites in a few kernels where a QR takes it many.
+so a training step costs one batched factorisation and no backward through it, the scale of R cannot drift, weight
+decay cannot shrink it, and what is saved is R bit for bit. The QR with a positive diagonal leaves orthonormal rows as
+they are. An optimiser's step leaves R near the manifold, and there the same Q and T come from a Cholesky factorisation
+of r×r numbers, R Rᵀ = Tᵀ T and Qᵀ = T⁻ᵀ R; from a QR elsewhere.
 
 `beside=B` (k, d), orthonormal rows too, keeps R in the complement of B: the QR is that of [B; R] and its last r rows
 are taken, which are orthogonal to B to machine precision however R lies, and ∂L/∂R loses its part G Bᵀ B.
@@ -54,9 +54,7 @@ def orthonormal_rows(matrix: Tensor, beside: Tensor | None = None) -> Tensor:
 
 def orthonormality_error(rows: Tensor) -> Tensor:
     """max |R Rᵀ − I| of each matrix, (..., r, d) → (...) in fp32 or wider."""
-    wide = _exact(rows)
-    gram = wide @ wide.mT
-    error = (gram - torch.eye(rows.shape[-2], dtype=gram.dtype, device=gram.device)).abs().amax(dim=(-2, -1))
+    error = _gram_error(_exact(rows))[1].amax(dim=(-2, -1))
     return error if rows.dtype == torch.float64 else error.float()
 
 
@@ -67,14 +65,23 @@ def _exact(rows: Tensor) -> Tensor:
 
 def are_orthonormal(rows: Tensor, beside: Tensor | None = None) -> Tensor:
     """Whether rows (..., r, d) are orthonormal, and orthogonal to `beside` (..., k, d), to rounding: (..., 1, 1)."""
-    if beside is None or not beside.shape[-2]:
-        return _is_orthonormal(rows)
-    across = (_exact(rows) @ _exact(beside.to(rows)).mT).abs().amax(dim=(-2, -1))[..., None, None]
-    return _is_orthonormal(rows) & (across <= _TOLERANCE_ACROSS[rows.dtype])
+    whole = rows if beside is None else torch.cat([beside.to(rows), rows], dim=-2)
+    first = whole.shape[-2] - rows.shape[-2]
+    return _are_good(_gram_error(_exact(whole))[1], first, rows.dtype)[..., None, None]
 
 
-def _is_orthonormal(rows: Tensor) -> Tensor:
-    return (orthonormality_error(rows) <= _TOLERANCE[rows.dtype])[..., None, None]
+def _gram_error(wide: Tensor) -> tuple[Tensor, Tensor]:
+    """R Rᵀ and |R Rᵀ − I|, (..., r, r)."""
+    gram = wide @ wide.mT
+    return gram, (gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)).abs()
+
+
+def _are_good(error: Tensor, first: int, dtype: torch.dtype) -> Tensor:
+    """Whether all but the `first` rows, which are taken as they are, lie as they should: (..., k, k) → (...)."""
+    good = error[..., first:, first:].amax((-2, -1)) <= _TOLERANCE[dtype]
+    if first:
+        good = good & (error[..., first:, :first].amax((-2, -1)) <= _TOLERANCE_ACROSS[dtype])
+    return good
 
 
 def may_ask(device: torch.device) -> bool:
@@ -113,20 +120,17 @@ def _righted(rows: Tensor, beside: Tensor | None) -> Tensor | None:
     """`orthonormal_rows` of (n, r, d), not differentiable; None if all are so already. Waits once for the device."""
     first = 0 if beside is None else beside.shape[-2]
     wide = _exact(rows if beside is None else torch.cat([beside, rows], dim=-2))
-    gram = wide @ wide.mT
-    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    error = (gram - eye).abs()
-    good = error[:, first:, first:].amax((-2, -1)) <= _TOLERANCE[rows.dtype]
-    if first:
-        good &= error[:, first:, :first].amax((-2, -1)) <= _TOLERANCE_ACROSS[rows.dtype]
-    near = error.amax((-2, -1)) * len(eye) < 0.5  # so far at most are the Gram's eigenvalues from 1
+    gram, error = _gram_error(wide)
+    good = _are_good(error, first, rows.dtype)
+    near = error.amax((-2, -1)) * gram.shape[-1] < 0.5  # so far at most are the Gram's eigenvalues from 1
     done, all_near, some_near = torch.stack([good.all(), near.all(), near.any()]).tolist()
     if done:  # accumulation, recomputation, a second forward
         return None
     if not some_near or gram.dtype != torch.float64:
         return orthonormal_rows(rows, beside)
     factor = torch.linalg.cholesky_ex(gram).L
-    inverse = torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False)[:, first:]
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(factor)
+    inverse = torch.linalg.solve_triangular(factor, eye, upper=False)[:, first:]
     found = torch.where(good[:, None, None], rows, (inverse @ wide).to(rows.dtype))
     # Each by itself, whatever stands beside it: a saved adapter is put right alone and must come out the same.
     return found if all_near else torch.where(near[:, None, None], found, orthonormal_rows(rows, beside))

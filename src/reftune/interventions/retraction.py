@@ -12,7 +12,7 @@ from .subspaces import SubspaceIntervention, put_right_together
 
 
 def retract_all(interventions: Iterable[nn.Module]) -> None:
-    """Put every R that learns on orthonormal rows, in one batched QR for all equally shaped ones.
+    """Put every R that learns on orthonormal rows, in one batched factorisation for all equally shaped ones.
 
     The forward that follows takes them as they are. Modules without such an R are passed over; one whose R is a
     DTensor is marked as sharded and sees to its rows itself. Stacks are looked into; divided interventions are put

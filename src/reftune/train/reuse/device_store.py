@@ -2,9 +2,8 @@
 
     store = store_near(torch.device("cuda"))     # a DeviceStore there, a MemoryStore on a CPU
 
-Keys and values of a prompt are many bytes and cheap to compute for a GPU: 1.9 GB of them took 0.4 s over a bus from
-pageable memory, their forward pass 0.1 s (Llama-2-7B's shape, NVIDIA H200). States between two blocks are small, and
-worth fetching.
+Keys and values of a prompt are many bytes and cheap to compute for a GPU: training on `l2` took longer with them
+fetched from main memory than without any reuse (docs/log.md). States between two blocks are small, and worth fetching.
 """
 
 from typing import Any
@@ -19,15 +18,16 @@ _SPARE = 0.1  # of the device's memory, left free beyond what a step has needed 
 class DeviceStore(MemoryStore):
     """Entries on a device while it has room; then states go to main memory, and heads are computed each time.
 
-    budget: bytes on the device at most; None is a quarter of what is free there now. However large, what the largest
-    step so far has needed stays free, and a tenth of the memory beside it.
+    budget: bytes at most, here and there together; None is a quarter of what is free on the device now, and half of
+    main memory. However large, what the largest step so far has needed stays free, and a tenth of the memory beside it.
     """
 
     def __init__(self, device: torch.device, budget: int | None = None) -> None:
         self.device, self._module = device, getattr(torch, device.type)
         self.where = f"the memory of {device.type}"
         super().__init__(budget)
-        self.beyond = MemoryStore()
+        self.beyond = MemoryStore(budget)
+        self._bounded = budget is not None
 
     def default_budget(self) -> int:
         return int(self._module.mem_get_info(self.device)[0]) // 4
@@ -42,13 +42,14 @@ class DeviceStore(MemoryStore):
             self.full = True
             self.say(
                 f"Reuse: there is no more room in {self.where} ({size_words(self.used)} are kept); of further examples "
-                "the prompts are computed each time, and states between blocks kept in main memory."
+                "the prompts are computed each time, and states between blocks kept in main memory within reuse_budget."
             )
         if not self.full:
             self.entries[key] = entry
             self.used += size
             return True
-        return "state" in entry and self.beyond.put(key, entry)
+        over = self._bounded and self.used + self.beyond.used + size > self.budget
+        return "state" in entry and not over and self.beyond.put(key, entry)
 
     def clear(self) -> None:
         super().clear()

@@ -87,11 +87,18 @@ class HeadLayer(DynamicLayer):
 
 
 class LaidOutLayer(HeadLayer):
-    """The same, of heads that lie in their columns already: keys and values are (B, H, length, D)."""
+    """The same, of heads that lie in their columns already: (B, H, length, D)."""
+
+    def __init__(self, heads: tuple[Tensor, Tensor]) -> None:
+        super().__init__([], [], heads[0].shape[2])
+        self.heads = heads
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        keys, values = self.pieces
-        return torch.cat([keys.to(key_states), key_states], 2), torch.cat([values.to(value_states), value_states], 2)  # type: ignore[attr-defined]
+        keys, values = (
+            torch.cat([head.to(new), new], dim=2)
+            for head, new in zip(self.heads, (key_states, value_states), strict=True)
+        )
+        return keys, values
 
 
 def head_cache(entries: Sequence[Entry], starts: Sequence[int], layers: int) -> Any:
@@ -138,7 +145,7 @@ def _laid_out(
         if f"k{number}" not in index:
             return HeadLayer([], [], length)
         keys, values = (groups[group][place] for group, place in (index[f"k{number}"], index[f"v{number}"]))
-        return LaidOutLayer(keys, values, length)  # type: ignore[arg-type]
+        return LaidOutLayer((keys, values))
 
     cache = DynamicCache()
     cache.layers = [layer(number) for number in range(layers)]
