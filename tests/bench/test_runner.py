@@ -14,6 +14,7 @@ from tests.bench.places import environment, tiny_causal, tiny_data, tiny_encoder
 from transformers import TrainerState
 
 from reftune.bench import jobs, load_grid, run_grid
+from reftune.bench.claims import Claims
 from reftune.bench.progress import line, time_left, words
 from reftune.bench.report import report
 from reftune.bench.runner import best_lr
@@ -59,8 +60,13 @@ def test_a_grid_runs_resumes_and_repeats(places: dict[str, str], tmp_path: Path)
     assert len(lines) == len(plan)
     assert [json.loads(found)["id"] for found in lines] == [row["id"] for row in read_rows(tmp_path / "one")]
 
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left = tmp_path / "one" / "claims" / f"{plan[0].id}.json"  # of a process killed just after its row was written
+    left.write_text(json.dumps({**Claims(left.parent).owner, "pid": dead.pid}))
     again = run_grid(grid, tmp_path / "one", data=places["data"], say=said.append)
     assert again.finished == 0
+    assert not left.exists()
     run_grid(grid, tmp_path / "two", data=places["data"], say=silent)
     assert scores(read_rows(tmp_path / "one")) == scores(read_rows(tmp_path / "two"))
     assert not list((tmp_path / "one" / "claims").glob("*.json"))

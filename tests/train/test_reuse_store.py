@@ -233,14 +233,14 @@ def test_what_a_step_has_needed_stays_free(gpu: dict[str, int]) -> None:
 
 def test_a_budget_bounds_both_memories(gpu: dict[str, int]) -> None:
     said: list[str] = []
-    for budget, free in ((0, 1000), (30, 50)):  # the second: 30 may be kept, but there is no room on the device
+    for budget, free in ((0, 1000), (30, 50), (30, 1000)):  # of the last two the first has no room on the device
         gpu["free"] = free
         kept = store_near(torch.device("cuda"), budget)
         kept.say = said.append
         assert kept.put("s", {"state": torch.zeros(5)}) == (budget == 30)
         assert not kept.put("t", {"state": torch.zeros(5)})
         assert not kept.put("u", {"state": torch.zeros(5)})
-    assert len(said) == 2  # once each
+    assert len(said) == 3  # once each
 
 
 def test_tensors_stay_where_they_were_made(gpu: dict[str, int]) -> None:
