@@ -81,6 +81,25 @@ def test_a_heads_own_rate_is_shown() -> None:
     assert "| lora | 0.001 | 0.001 |" in text
 
 
+def test_scores_after_every_epoch_are_shown_where_the_best_was_kept() -> None:
+    assert "## Epochs" not in report(rows())
+    made = rows()
+    kept = {
+        ("loreft", 0): [0.1, 0.2, 0.4],
+        ("loreft", 1): [0.3, 0.4, 0.2],
+        ("lora", 0): [0.5, 0.5],
+        ("lora", 1): [0.1, 0.5],
+    }
+    for one in made:
+        if one["task"] == "cola":
+            one["selection"]["epochs"] = kept[one["method"], one["seed"]]
+    text = report(made)
+    assert "| method | task | 1 | 2 | 3 | last is best |" in text
+    assert "| loreft | cola | 20.0 | 30.0 | 30.0 | 1 of 2 |" in text
+    assert "| lora | cola | 30.0 | 50.0 | – | 1 of 2 |" in text  # of equals the earliest is kept
+    assert "| cola | 20.0 | 30.0 |" not in report([one | {"stage": "sweep"} for one in made] + rows())
+
+
 def test_runs_of_different_grids_are_not_averaged() -> None:
     other = {"model": "minilm-l6", "suite": "glue", "train": {**rows()[0]["spec"]["train"], "steps": 30, "new": 1}}
     with pytest.raises(ValueError, match=r"loreft has runs of different settings on rte.*train.steps 10 and 30"):

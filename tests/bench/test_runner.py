@@ -202,16 +202,16 @@ def test_the_best_epoch_is_kept(places: dict[str, str], tmp_path: Path, monkeypa
     from reftune.bench.classify import BestEpoch
 
     model = torch.nn.Linear(2, 2)
-    scores = iter([0.1, 0.7, 0.7, 0.3])
+    scores = iter([0.1, 0.7, 0.7, 0.6, 0.3])
     best = BestEpoch(lambda made: next(scores), tmp_path)
-    for epoch in range(4):
+    for epoch in (0, 1, 2, 2, 3):  # the third once more, as a run does that goes on from a checkpoint before its end
         if epoch == 2:
             best = BestEpoch(lambda made: next(scores), tmp_path)  # another process
         torch.nn.init.constant_(model.weight, epoch)
-        best.on_epoch_end(None, None, None, model=model)
+        best.on_epoch_end(None, TrainerState(epoch=epoch + 1.0), None, model=model)
         assert model.training
     best.on_train_begin(None, TrainerState(global_step=2), None)  # goes on: the copy stays
-    best.restore(model)
+    assert best.restore(model) == [0.1, 0.7, 0.6, 0.3]
     assert model.weight.unique().tolist() == [1.0]
     assert not list(tmp_path.glob("*"))
     (tmp_path / "best.pt").write_bytes(b"of a killed run")
@@ -229,6 +229,9 @@ def test_the_best_epoch_is_kept(places: dict[str, str], tmp_path: Path, monkeypa
     last, kept = value("last"), value("best")
     assert kept["selection"]["score"] >= last["selection"]["score"]
     assert kept["train_loss"] == last["train_loss"]
+    assert len(kept["selection"]["epochs"]) == 3
+    assert max(kept["selection"]["epochs"]) == kept["selection"]["score"]
+    assert "epochs" not in last["selection"]
 
 
 def test_the_heads_rate_is_every_methods_but_the_probes(places: dict[str, str], tmp_path: Path) -> None:

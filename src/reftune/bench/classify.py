@@ -1,5 +1,6 @@
 """GLUE on an encoder (or any sequence classifier): train head and method, predict, score with the task's metrics."""
 
+import json
 import os
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from .runs import Setup, train_method
 from .tasks import PairTask, task
 from .training import Fit
 
-Result = tuple[Counts, Fit, dict[str, dict[str, float]], dict[str, float], dict[str, float]]
+Result = tuple[Counts, Fit, dict[str, dict[str, float]], dict[str, Any], dict[str, float]]
 
 
 def run(setup: Setup) -> Result:
@@ -38,8 +39,7 @@ def run(setup: Setup) -> Result:
     best = BestEpoch(lambda made: evaluate(made, held, found, collator, batch, bf16)[found.metrics[0].name], setup.work)
     keeping = setup.train.keep == "best"
     model, counts, fitted = train_method(setup, model, rows, collator, head, [best] if keeping else [])
-    if keeping:
-        best.restore(model)
+    by_epoch = {"epochs": best.restore(model)} if keeping else {}
     begun, cpu = time.perf_counter(), time.process_time()
     selection = evaluate(model, held, found, collator, batch, bf16)
     metrics: dict[str, dict[str, float]] = {}
@@ -51,43 +51,55 @@ def run(setup: Setup) -> Result:
         "evaluate": time.perf_counter() - begun,
         "evaluate_cpu": time.process_time() - cpu,
     }
-    score = {"score": selection[found.metrics[0].name], **selection}
+    score = {"score": selection[found.metrics[0].name], **selection, **by_epoch}
     return counts, fitted, metrics, score, seconds
 
 
 class BestEpoch(TrainerCallback):
     """Keeps what was trained as it was after the epoch with the highest score (the earliest of equals).
 
-    The copy is a file in `place`, so that a run which goes on from a checkpoint has it too.
+    The copy is a file in `place`, so that a run which goes on from a checkpoint has it too, as are the scores.
     """
 
     def __init__(self, score: Callable[[Any], float], place: Path) -> None:
-        self.score, self.file = score, place / "best.pt"
+        self.score, self.file, self.log = score, place / "best.pt", place / "epochs.json"
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 0:  # what a killed run left, which wrote no checkpoint to go on from
             self.file.unlink(missing_ok=True)
+            self.log.unlink(missing_ok=True)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model = kwargs["model"]
         score = self.score(model)
         model.train()
-        if self.file.is_file() and torch.load(self.file)["score"] >= score:
-            return
-        trained = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        work = self.file.with_suffix(".tmp")
-        torch.save({"score": score, "trained": trained}, work)
-        os.replace(work, self.file)
+        if not self.file.is_file() or torch.load(self.file)["score"] < score:
+            trained = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
+            _write(self.file, lambda work: torch.save({"score": score, "trained": trained}, work))
+        scores = {**self.scores(), round(state.epoch, 2): score}  # by epoch: one that is run again counts once
+        _write(self.log, lambda work: work.write_text(json.dumps(list(scores.items()))))
 
-    def restore(self, model: Any) -> None:
-        """Put the kept numbers back."""
-        kept = torch.load(self.file)["trained"]
+    def scores(self) -> dict[float, float]:
+        """The score after each epoch so far."""
+        return dict(json.loads(self.log.read_text())) if self.log.is_file() else {}
+
+    def restore(self, model: Any) -> list[float]:
+        """Put the kept numbers back; returns the scores in the order of the epochs."""
+        kept, scores = torch.load(self.file)["trained"], self.scores()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if name in kept:
                     parameter.copy_(kept[name])
         self.file.unlink()
+        self.log.unlink()
+        return [scores[epoch] for epoch in sorted(scores)]
+
+
+def _write(file: Path, write: Callable[[Path], Any]) -> None:
+    work = file.with_suffix(".tmp")
+    write(work)
+    os.replace(work, file)
 
 
 class Collator:

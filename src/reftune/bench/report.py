@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .about import about
+from .epochs import by_epoch
 from .markdown import table
 from .rates import short, tried
 from .tasks import task
@@ -92,8 +93,9 @@ def report(rows: Sequence[dict[str, Any]], title: str = "Results") -> str:
     columns = primary(summaries)
     text = [f"# {title}", "", about(rows), "", _main(summaries, columns), ""]
     text += [_notes(summaries), "", "## Every metric", "", _breakdown(summaries), "", "## Learning rates", ""]
-    every = tried(rows)
-    return "\n".join([*text, _rates(summaries), "", *([every, ""] if every else [])])
+    every, epochs = tried(rows), by_epoch(rows)
+    text += [_rates(summaries), "", *([every, ""] if every else [])]
+    return "\n".join([*text, *(["## Epochs", "", epochs, ""] if epochs else [])])
 
 
 def cell(values: Sequence[float], share: bool = True) -> str:

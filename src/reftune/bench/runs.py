@@ -106,7 +106,7 @@ def _row(
     counts: Counts,
     fitted: Fit,
     metrics: dict[str, dict[str, float]],
-    selection: dict[str, float],
+    selection: dict[str, Any],
     seconds: dict[str, float],
     started: float,
 ) -> dict[str, Any]:
