@@ -7,14 +7,14 @@ import sys
 import time
 from pathlib import Path
 
-from tests.bench.places import environment
-
+from reftune.bench import claims
 from reftune.bench.claims import Claims
 
+# the module alone, for importing the package takes longer than the test
 HOLD = """
-import sys, time
+import runpy, sys, time
 from pathlib import Path
-from reftune.bench.claims import Claims
+Claims = runpy.run_path(sys.argv[2])["Claims"]
 with Claims(Path(sys.argv[1])).take("run") as mine:
     print(mine, flush=True)
     time.sleep(60)
@@ -23,7 +23,7 @@ with Claims(Path(sys.argv[1])).take("run") as mine:
 
 def holder(directory: Path) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(directory)], stdout=subprocess.PIPE, text=True, env=environment()
+        [sys.executable, "-c", HOLD, str(directory), claims.__file__], stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
     assert process.stdout.readline().strip() == "True"
