@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from reftune.bench.plots import plot, plot_all
+from reftune.bench.plots import drawn, plot, plot_all
 from reftune.bench.report import cell, report, summarise
 
 
@@ -168,10 +168,13 @@ def test_plots_are_written(tmp_path: Path) -> None:
     made = plot([*rows(), probe], tmp_path / "plots", "glue")
     assert [path.name for path in made] == ["glue-parameters.png", "glue-time.png"]
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in made)
-    loss = row("loreft", "alpaca", 0, {"alpaca": {"loss": 1.5}}, suite="instruct")
+    scored = {"alpaca": {"loss": 1.5}, "ultrafeedback": {"loss": 1.2, "preference": 0.5}}
+    loss = row("loreft", "alpaca+ultrafeedback", 0, scored, suite="instruct")
+    assert len(plot_all([*rows(), loss], tmp_path)) == 4
+    assert drawn(summarise(rows())) == [("cola", "matthews"), ("rte", "accuracy")]
+    assert drawn(summarise([loss])) == [("alpaca", "loss"), ("ultrafeedback", "loss")]
     with pytest.raises(ValueError, match="nothing to plot"):
-        plot([loss], tmp_path)
-    assert len(plot_all([*rows(), loss], tmp_path)) == 2
+        plot([row("loreft", "alpaca", 0, {"alpaca": {}}, suite="instruct")], tmp_path)
 
 
 def test_rows_left_out_or_cut_are_counted() -> None:

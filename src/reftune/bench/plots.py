@@ -1,4 +1,4 @@
-"""Plots of a grid's results: accuracy against parameters and against training time, PNG."""
+"""Plots of a grid's results: accuracy, or the held-out loss, against parameters and against training time, PNG."""
 
 import statistics
 from collections.abc import Sequence
@@ -9,9 +9,10 @@ from .report import Summary, primary, summarise
 
 
 def plot(rows: Sequence[dict[str, Any]], directory: str | Path, stem: str = "bench") -> list[Path]:
-    """Write `{stem}-parameters.png` and `{stem}-time.png`; the averaged primary metrics with the spread over seeds.
+    """Write `{stem}-parameters.png` and `{stem}-time.png`: means over the tasks, with the spread over seeds.
 
-    Raises ImportError without matplotlib, ValueError if the tasks' metrics cannot be averaged.
+    Drawn are the tasks' primary metrics if all are shares, else their losses. Raises ImportError without matplotlib,
+    ValueError if there is neither.
     """
     try:
         import matplotlib
@@ -20,9 +21,9 @@ def plot(rows: Sequence[dict[str, Any]], directory: str | Path, stem: str = "ben
     matplotlib.use("Agg")
 
     summaries = summarise(rows)
-    columns = comparable(summaries)
+    columns = drawn(summaries)
     if not columns:
-        raise ValueError("These results hold no accuracies or correlations to average, so there is nothing to plot.")
+        raise ValueError("These results hold neither accuracies nor losses to average, so there is nothing to plot.")
     place = Path(directory)
     place.mkdir(parents=True, exist_ok=True)
     made = []
@@ -37,12 +38,15 @@ def plot(rows: Sequence[dict[str, Any]], directory: str | Path, stem: str = "ben
     return made
 
 
-def comparable(summaries: Sequence[Summary]) -> list[tuple[str, str]]:
-    """The primary columns that are shares with higher better."""
+def drawn(summaries: Sequence[Summary]) -> list[tuple[str, str]]:
+    """The (task, metric) columns that a plot averages: the primary ones if higher is better in all, else the losses."""
     from .tasks import task
 
-    metrics = {(name, m.name): m for name in {c[0] for c in primary(summaries)} for m in task(name).metrics}
-    return [c for c in primary(summaries) if metrics[c].share and metrics[c].higher]
+    columns = primary(summaries)
+    metrics = [next(m for m in task(name).metrics if m.name == metric) for name, metric in columns]
+    if all(m.share and m.higher for m in metrics):
+        return columns
+    return [(name, "loss") for name, _ in columns if any(one.scores[name, "loss"] for one in summaries)]
 
 
 def _draw(points: Sequence[tuple[Summary, float]], columns: list[tuple[str, str]], label: str, path: Path) -> None:
@@ -50,17 +54,19 @@ def _draw(points: Sequence[tuple[Summary, float]], columns: list[tuple[str, str]
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axis = figure.subplots()
+    losses = columns[0][1] == "loss"
     for one, x in points:
-        values = [100 * v for v in one.average(columns)]
+        values = [(1 if losses else 100) * v for v in one.average(columns)]
         if not values:
             continue
         mean = statistics.fmean(values)
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        (drawn, *_) = axis.errorbar(x, mean, yerr=spread, marker="o", capsize=3, linestyle="none").lines
-        axis.annotate(one.method, (x, mean), xytext=(5, 4), textcoords="offset points", color=drawn.get_color())
+        (mark, *_) = axis.errorbar(x, mean, yerr=spread, marker="o", capsize=3, linestyle="none").lines
+        axis.annotate(one.method, (x, mean), xytext=(5, 4), textcoords="offset points", color=mark.get_color())
     axis.set_xscale("symlog" if any(x == 0 for _, x in points) else "log")
     axis.set_xlabel(label)
-    axis.set_ylabel(f"mean of {len(columns)} task{'s' if len(columns) > 1 else ''}, percent")
+    unit = "loss (lower is better)" if losses else "percent"
+    axis.set_ylabel(f"mean of {len(columns)} task{'s' if len(columns) > 1 else ''}, {unit}")
     axis.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
 
@@ -72,6 +78,6 @@ def plot_all(rows: Sequence[dict[str, Any]], directory: str | Path) -> list[Path
     for row in rows:
         groups.setdefault((row["suite"], row["spec"]["model"]), []).append(row)
     for (suite, model), group in groups.items():
-        if comparable(summarise(group)):
+        if drawn(summarise(group)):
             made += plot(group, directory, suite if len(groups) == 1 else f"{suite}-{Path(model).name}")
     return made

@@ -62,7 +62,7 @@ def report(
         str | None, typer.Option("--output", help="Directory for report.md, the rows and plots; else print.")
     ] = None,
     title: Annotated[str, typer.Option("--title", help="Heading of the report.")] = "Results",
-    plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Accuracy against parameters and time.")] = True,
+    plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Scores against parameters and time.")] = True,
 ) -> None:
     """Write the table (mean ± sd over seeds, parameters), the breakdown by task and the plots."""
     from reftune.bench import read_rows
