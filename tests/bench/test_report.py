@@ -170,7 +170,8 @@ def test_plots_are_written(tmp_path: Path) -> None:
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in made)
     scored = {"alpaca": {"loss": 1.5}, "ultrafeedback": {"loss": 1.2, "preference": 0.5}}
     loss = row("loreft", "alpaca+ultrafeedback", 0, scored, suite="instruct")
-    assert len(plot_all([*rows(), loss], tmp_path)) == 4
+    assert len(plot_all([*rows(), loss], tmp_path)) == 2  # one method alone is no plot
+    assert len(plot_all([*rows(), loss, loss | {"method": "lora"}], tmp_path)) == 4
     assert drawn(summarise(rows())) == [("cola", "matthews"), ("rte", "accuracy")]
     assert drawn(summarise([loss])) == [("alpaca", "loss"), ("ultrafeedback", "loss")]
     with pytest.raises(ValueError, match="nothing to plot"):

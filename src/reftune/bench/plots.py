@@ -7,6 +7,8 @@ from typing import Any
 
 from .report import Summary, primary, summarise
 
+_MARKS = "osD^"
+
 
 def plot(rows: Sequence[dict[str, Any]], directory: str | Path, stem: str = "bench") -> list[Path]:
     """Write `{stem}-parameters.png` and `{stem}-time.png`: means over the tasks, with the spread over seeds.
@@ -52,32 +54,34 @@ def drawn(summaries: Sequence[Summary]) -> list[tuple[str, str]]:
 def _draw(points: Sequence[tuple[Summary, float]], columns: list[tuple[str, str]], label: str, path: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
     axis = figure.subplots()
     losses = columns[0][1] == "loss"
-    for one, x in points:
+    for number, (one, x) in enumerate(points):
         values = [(1 if losses else 100) * v for v in one.average(columns)]
         if not values:
             continue
         mean = statistics.fmean(values)
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        (mark, *_) = axis.errorbar(x, mean, yerr=spread, marker="o", capsize=3, linestyle="none").lines
-        axis.annotate(one.method, (x, mean), xytext=(5, 4), textcoords="offset points", color=mark.get_color())
+        form = _MARKS[number // 10 % len(_MARKS)]  # matplotlib has ten colours
+        axis.errorbar(x, mean, yerr=spread, marker=form, capsize=3, linestyle="none", label=one.method)
     axis.set_xscale("symlog" if any(x == 0 for _, x in points) else "log")
     axis.set_xlabel(label)
     unit = "loss (lower is better)" if losses else "percent"
     axis.set_ylabel(f"mean of {len(columns)} task{'s' if len(columns) > 1 else ''}, {unit}")
     axis.grid(alpha=0.3)
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)  # names beside the points would overlap
     figure.savefig(path, dpi=150)
 
 
 def plot_all(rows: Sequence[dict[str, Any]], directory: str | Path) -> list[Path]:
-    """The plots of every suite and model in the rows that has something to average."""
+    """The plots of every suite and model in the rows that has several methods and something to average."""
     made: list[Path] = []
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["suite"], row["spec"]["model"]), []).append(row)
     for (suite, model), group in groups.items():
-        if drawn(summarise(group)):
+        summaries = summarise(group)
+        if len(summaries) > 1 and drawn(summaries):
             made += plot(group, directory, suite if len(groups) == 1 else f"{suite}-{Path(model).name}")
     return made
