@@ -42,6 +42,16 @@ def test_an_id_changes_with_what_decides_the_result() -> None:
     assert len({same, *(one(change) for change in changes)}) == 1 + len(changes)
 
 
+def test_a_wider_sweep_keeps_the_runs_that_are_done() -> None:
+    def plan(*lrs: float) -> list[tuple[str, str]]:
+        return [(job.stage, job.id) for job in jobs(load_grid(SMALL, {"methods": [{"method": "lora", "lrs": lrs}]}))]
+
+    narrow, wide = set(plan(1e-3, 3e-3)), set(plan(3e-4, 1e-3, 3e-3))
+    assert {stage for stage, _ in narrow & wide} == {"sweep"}
+    assert len(narrow & wide) == 4  # two tasks, two rates
+    assert len(wide - narrow) == 2 + 4  # the new rate, and the final runs, for their rate may be another now
+
+
 def test_settings_by_task_and_by_method() -> None:
     grid = load_grid(
         SMALL

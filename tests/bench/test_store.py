@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from reftune.bench.grid import jobs, load_grid
 from reftune.bench.store import Store, done, publish, read_rows
 
 
@@ -39,6 +40,21 @@ def test_a_directory_goes_on_from_a_results_file_alone(tmp_path: Path) -> None:
     assert done(tmp_path) == {"b", "c"}
     assert done(tmp_path / "nowhere") == set()
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_sweeps_run_that_was_named_by_all_its_rates_is_still_done(tmp_path: Path) -> None:
+    (job, *_) = jobs(load_grid({"tasks": ["rte"], "methods": [{"method": "lora", "lrs": [1e-3, 3e-3]}]}))
+    old = job.spec() | {"method": job.method.to_dict()}
+    rows = [
+        {"id": "old", "stage": "sweep", "spec": old, "started": 1},
+        {"id": "f", "stage": "final", "spec": old, "started": 2},
+    ]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert done(tmp_path) == {job.id, "f"}
+    store = Store(tmp_path)
+    assert store.has(job.id)
+    assert store.get(job.id)["spec"] == job.spec()
+    assert store.get("f") == rows[1]
 
 
 def test_published_rows_name_no_machine_and_no_folder(tmp_path: Path) -> None:

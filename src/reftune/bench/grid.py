@@ -119,13 +119,17 @@ class Job:
         return "+".join(self.tasks)
 
     def spec(self) -> dict[str, Any]:
-        """Everything that decides the result, as plain data."""
+        """Everything that decides the result, as plain data; of a sweep's run not the other rates of its sweep, so that
+        a wider one keeps what is done."""
+        method = self.method.to_dict()
+        if self.stage == "sweep":
+            del method["lrs"]
         return {
             "stage": self.stage,
             "suite": self.suite,
             "tasks": list(self.tasks),
             "train_tasks": list(self.train_tasks),
-            "method": self.method.to_dict(),
+            "method": method,
             "seed": self.seed,
             "lr": self.lr,
             "model": self.model,
@@ -135,10 +139,15 @@ class Job:
     @property
     def id(self) -> str:
         """A readable name with a digest of the whole spec."""
-        digest = hashlib.sha256(json.dumps(self.spec(), sort_keys=True).encode()).hexdigest()[:10]
-        where = self.tasks[0] if len(self.tasks) == 1 else self.suite
-        rate = f"-lr{self.lr:g}" if self.stage == "sweep" else ""
-        return f"{where}-{self.method.name}-s{self.seed}-{self.stage}{rate}-{digest}".replace("/", "_")
+        return run_id(self.spec())
+
+
+def run_id(spec: Mapping[str, Any]) -> str:
+    """The name of the run with this `Job.spec`, and of its files."""
+    digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:10]
+    where = spec["tasks"][0] if len(spec["tasks"]) == 1 else spec["suite"]
+    rate = f"-lr{spec['lr']:g}" if spec["stage"] == "sweep" else ""
+    return f"{where}-{spec['method']['name']}-s{spec['seed']}-{spec['stage']}{rate}-{digest}".replace("/", "_")
 
 
 def load_grid(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Grid:

@@ -13,6 +13,8 @@ from typing import Any
 
 from filelock import FileLock
 
+from .grid import run_id
+
 
 class Store:
     """The results of a grid in a directory; several processes may write at once.
@@ -33,7 +35,7 @@ class Store:
         work = self.directory / f".rows.{os.getpid()}"
         work.mkdir(exist_ok=True)
         if (self.directory / "results.jsonl").is_file():
-            for row in _lines(self.directory / "results.jsonl"):
+            for row in map(_renamed, _lines(self.directory / "results.jsonl")):
                 _write(work / f"{row['id']}.json", json.dumps(row))
         os.replace(work, self._rows)
 
@@ -65,7 +67,7 @@ def done(directory: str | Path) -> set[str]:
     rows, lines = Path(directory) / "rows", Path(directory) / "results.jsonl"
     if rows.is_dir():
         return {path.stem for path in rows.glob("*.json") if not path.name.startswith(".")}
-    return {row["id"] for row in _lines(lines)} if lines.is_file() else set()
+    return {_renamed(row)["id"] for row in _lines(lines)} if lines.is_file() else set()
 
 
 def read_rows(source: str | Path) -> list[dict[str, Any]]:
@@ -92,6 +94,15 @@ def publish(rows: Iterable[dict[str, Any]], directory: str | Path) -> Path:
     path = Path(directory) / "results.jsonl"
     _write(path, "".join(json.dumps(_plain(row)) + "\n" for row in told))
     return path
+
+
+def _renamed(row: dict[str, Any]) -> dict[str, Any]:
+    """A sweep's run was once named by all rates of its sweep."""
+    method = row.get("spec", {}).get("method", {})
+    if row.get("stage") != "sweep" or "lrs" not in method:
+        return row
+    spec = row["spec"] | {"method": {key: value for key, value in method.items() if key != "lrs"}}
+    return row | {"spec": spec, "id": run_id(spec)}
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
