@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from tests.bench.places import environment, tiny_causal, tiny_data, tiny_encoder
-from transformers import TrainerState
 
 from reftune.bench import jobs, load_grid, run_grid
 from reftune.bench.claims import Claims
@@ -197,27 +196,7 @@ def test_rows_that_are_too_long_are_counted(places: dict[str, str], tmp_path: Pa
     assert "No training row is left: every prompt has 8 tokens or more" in next(iter(outcome.failed.values()))
 
 
-def test_the_best_epoch_is_kept(places: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scores of the epochs are made up; the numbers kept are those after the best one, also over a cut."""
-    from reftune.bench.classify import BestEpoch
-
-    model = torch.nn.Linear(2, 2)
-    scores = iter([0.1, 0.7, 0.7, 0.6, 0.3])
-    best = BestEpoch(lambda made: next(scores), tmp_path)
-    for epoch in (0, 1, 2, 2, 3):  # the third once more, as a run does that goes on from a checkpoint before its end
-        if epoch == 2:
-            best = BestEpoch(lambda made: next(scores), tmp_path)  # another process
-        torch.nn.init.constant_(model.weight, epoch)
-        best.on_epoch_end(None, TrainerState(epoch=epoch + 1.0), None, model=model)
-        assert model.training
-    best.on_train_begin(None, TrainerState(global_step=2), None)  # goes on: the copy stays
-    assert best.restore(model) == [0.1, 0.7, 0.6, 0.3]
-    assert model.weight.unique().tolist() == [1.0]
-    assert not list(tmp_path.glob("*"))
-    (tmp_path / "best.pt").write_bytes(b"of a killed run")
-    best.on_train_begin(None, TrainerState(global_step=0), None)
-    assert not list(tmp_path.glob("*"))
-
+def test_the_best_epoch_is_kept_and_the_score_after_each_is_told(places: dict[str, str], tmp_path: Path) -> None:
     def value(keep: str) -> Any:
         methods = [{"method": "loreft", "lrs": [3e-2]}]
         train = {"epochs": 3, "batch_size": 4, "keep": keep}

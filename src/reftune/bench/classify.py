@@ -1,6 +1,6 @@
 """GLUE on an encoder (or any sequence classifier): train head and method, predict, score with the task's metrics."""
 
-import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -58,48 +58,39 @@ def run(setup: Setup) -> Result:
 class BestEpoch(TrainerCallback):
     """Keeps what was trained as it was after the epoch with the highest score (the earliest of equals).
 
-    The copy is a file in `place`, so that a run which goes on from a checkpoint has it too, as are the scores.
+    The copy is a file in `place`, with the score after each epoch, so that a run that goes on from a checkpoint has it.
     """
 
     def __init__(self, score: Callable[[Any], float], place: Path) -> None:
-        self.score, self.file, self.log = score, place / "best.pt", place / "epochs.json"
+        self.score, self.file = score, place / "best.pt"
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 0:  # what a killed run left, which wrote no checkpoint to go on from
             self.file.unlink(missing_ok=True)
-            self.log.unlink(missing_ok=True)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model = kwargs["model"]
         score = self.score(model)
         model.train()
+        kept: dict[str, Any] = torch.load(self.file) if self.file.is_file() else {"score": -math.inf, "scores": {}}
+        if score > kept["score"]:
+            kept["score"] = score
+            kept["trained"] = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
+        kept["scores"][round(state.epoch, 2)] = score  # by epoch: one that is run again counts once
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        if not self.file.is_file() or torch.load(self.file)["score"] < score:
-            trained = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
-            _write(self.file, lambda work: torch.save({"score": score, "trained": trained}, work))
-        scores = {**self.scores(), round(state.epoch, 2): score}  # by epoch: one that is run again counts once
-        _write(self.log, lambda work: work.write_text(json.dumps(list(scores.items()))))
-
-    def scores(self) -> dict[float, float]:
-        """The score after each epoch so far."""
-        return dict(json.loads(self.log.read_text())) if self.log.is_file() else {}
+        work = self.file.with_suffix(".tmp")
+        torch.save(kept, work)
+        os.replace(work, self.file)
 
     def restore(self, model: Any) -> list[float]:
         """Put the kept numbers back; returns the scores in the order of the epochs."""
-        kept, scores = torch.load(self.file)["trained"], self.scores()
+        kept = torch.load(self.file)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if name in kept:
-                    parameter.copy_(kept[name])
+                if name in kept["trained"]:
+                    parameter.copy_(kept["trained"][name])
         self.file.unlink()
-        self.log.unlink()
-        return [scores[epoch] for epoch in sorted(scores)]
-
-
-def _write(file: Path, write: Callable[[Path], Any]) -> None:
-    work = file.with_suffix(".tmp")
-    write(work)
-    os.replace(work, file)
+        return [score for _, score in sorted(kept["scores"].items())]
 
 
 class Collator:

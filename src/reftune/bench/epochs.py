@@ -1,4 +1,4 @@
-"""What a report shows of runs that kept their best epoch: the score after each, and which was kept."""
+"""What a report shows of runs that kept their best epoch: the score after each, and how often the last was the best."""
 
 import statistics
 from collections.abc import Mapping, Sequence
