@@ -1,6 +1,7 @@
 """Grids over tiny models: rows, resuming, sharing, failing; the same numbers when repeated."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -10,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.bench.places import environment, tiny_causal, tiny_data, tiny_encoder
+from tests.bench.places import tiny_causal, tiny_data, tiny_encoder
 
-from reftune.bench import jobs, load_grid, run_grid
+from forked import Forked
+from reftune.bench import jobs, load_grid, run_grid, runner
 from reftune.bench.claims import Claims
+from reftune.bench.grid import Job
 from reftune.bench.progress import line, time_left, words
 from reftune.bench.report import report
 from reftune.bench.runner import best_lr
@@ -253,25 +256,18 @@ def test_no_run_begins_after_the_time_is_up(places: dict[str, str], tmp_path: Pa
     assert (outcome.finished, outcome.left) == (0, len(jobs(glue(places))))
 
 
-SHARE = """
-import json, os, sys
-from pathlib import Path
-import reftune.bench.runner as runner
-from reftune.bench import load_grid, run_grid
-run, log = runner.run_job, Path(sys.argv[2]) / "begun.txt"
-def run_job(job, **more):
-    with log.open("a") as file:
-        file.write(f"{os.getpid()} {job.id}" + chr(10))
-    return run(job, **more)
-runner.run_job = run_job
-outcome = run_grid(load_grid(json.loads(sys.argv[1])), sys.argv[2], data=sys.argv[3])
-print("finished", outcome.finished, outcome.left, flush=True)
-"""
+def share(content: dict[str, Any], out: Path, data: str) -> None:
+    """Run in a process of its own: work on a grid, and note which runs were begun."""
+    run = runner.run_job
 
+    def noted(job: Job, **more: Any) -> dict[str, Any]:
+        with (out / "begun.txt").open("a") as file:
+            file.write(f"{os.getpid()} {job.id}\n")
+        return run(job, **more)
 
-def start(places: dict[str, str], out: Path, content: dict[str, Any]) -> subprocess.Popen[str]:
-    arguments = [sys.executable, "-c", SHARE, json.dumps(content), str(out), places["data"]]
-    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment())
+    runner.run_job = noted
+    outcome = run_grid(load_grid(content), out, data=data)
+    print("finished", outcome.finished, outcome.left, flush=True)
 
 
 def plain(places: dict[str, str], steps: int) -> dict[str, Any]:
@@ -284,14 +280,15 @@ def plain(places: dict[str, str], steps: int) -> dict[str, Any]:
 def test_processes_share_a_grid_and_do_a_killed_ones_run(places: dict[str, str], tmp_path: Path) -> None:
     content = plain(places, steps=40)
     plan = jobs(load_grid(content))
-    workers = [start(places, tmp_path, content) for _ in range(2)]
+    workers = [Forked(share, content, tmp_path, places["data"], log=tmp_path / f"{n}.log") for n in range(2)]
     deadline = time.time() + 120
     while not list((tmp_path / "rows").glob("*.json")) and time.time() < deadline:
         time.sleep(0.05)
     kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "rows").glob("*.json")}
     workers[0].kill()
-    workers[0].communicate()
-    said, _ = workers[1].communicate(timeout=120)
+    workers[0].wait()
+    assert workers[1].wait(120) == 0, workers[1].said()
+    said = workers[1].said()
     rows = read_rows(tmp_path)
     assert sorted(row["id"] for row in rows) == sorted(job.id for job in plan)
     assert len({row["id"] for row in rows}) == len(rows)

@@ -1,13 +1,10 @@
 """Run by test_distributed.py, once in each process: train a tiny model and save it.
 
-    PYTHONPATH=src:tests:tests/integration torchrun --nproc_per_node 2 distributed_worker.py MODE DIRECTORY
-
 Modes: "ddp" trains with `Trainer`. "fsdp" shards with torch's `fully_shard` (FSDP2) block by block and checkpoints
 them, "fsdp_root" the model as a whole: accelerate, and so `Trainer`, shards on accelerators only, but calls just this.
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +90,7 @@ def sharded(directory: Path, root_only: bool) -> None:
     torch.distributed.destroy_process_group()
 
 
-if __name__ == "__main__":
-    mode, directory = sys.argv[1], Path(sys.argv[2])
-    directory.mkdir(exist_ok=True)
+def main(mode: str, directory: Path) -> None:
     if mode == "ddp":
         with_trainer(directory, 2, ddp_backend="gloo")
     else:

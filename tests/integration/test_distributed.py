@@ -1,9 +1,6 @@
 """Two processes on the CPU: data parallel is the single process with the double batch, and FSDP2 is close to it."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import distributed_worker
@@ -15,26 +12,16 @@ from tiny_training import adapter
 from torch import Tensor
 
 from conftest import tiny_llama
+from forked import ranks
 from reftune.interventions.orthogonal import orthonormality_error
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
-WORKER = Path(distributed_worker.__file__)
 
 
 def launch(mode: str, directory: Path) -> tuple[list[float], dict[str, Tensor]]:
     """The losses and the saved adapter of a run in two processes."""
-    own = [str(WORKER.parents[2] / "src"), str(WORKER.parents[1]), str(WORKER.parent)]
-    paths = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), *own])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    run = subprocess.run(
-        [*command, str(WORKER), mode, str(directory)],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
+    directory.mkdir(exist_ok=True)
+    ranks(distributed_worker.main, mode, directory, logs=directory)
     saved = load_file(directory / "saved" / "adapter_model.safetensors")
     assert all(orthonormality_error(v) < 1e-5 for k, v in saved.items() if k.endswith(".R"))
     return json.loads((directory / "losses.json").read_text()), saved

@@ -5,8 +5,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from conftest import tiny_llama
 from families import tiny
+from forked import Forked, ranks
 from reftune import ReftConfig, get_reft_model
 from reftune.train.reuse import MemoryStore
 from reftune.train.trainer import ReftTrainer
@@ -206,29 +205,13 @@ def killed(directory: Path, step: int) -> None:
     trainer.save_model(str(directory / "end"))
 
 
-def one_after_another(directory: Path, steps: tuple[int, ...]) -> None:
-    """Each in a process of its own, forked from one that has imported everything and computed nothing; says how each
-    ended."""
-    ended = []
-    for step in steps:
-        if (child := os.fork()) == 0:
-            killed(directory, step)
-            os._exit(0)
-        ended.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-    print(ended)
-
-
 @pytest.mark.slow
 def test_killed_and_resumed_is_uninterrupted(tmp_path: Path) -> None:
     whole, _ = run(ReftTrainer, model_for(tiny_llama()), tmp_path / "whole", save_strategy="epoch")
     whole.save_model(str(tmp_path / "whole" / "end"))
-    here = Path(__file__).parent
-    code = f"import sys; sys.path[:0] = [{str(here)!r}, {str(here.parent)!r}]; import test_reuse_trainer as t\n"
-    call = f"t.one_after_another(t.Path({str(tmp_path / 'killed')!r}), (1, 5, 7, 99))"
-    ended = subprocess.run(
-        [sys.executable, "-c", code + call], capture_output=True, text=True, timeout=240, check=False
-    )
-    assert ended.stdout.splitlines()[-1] == str([-signal.SIGKILL] * 3 + [0]), ended.stderr[-2000:]
+    for step, code in ((1, -signal.SIGKILL), (5, -signal.SIGKILL), (7, -signal.SIGKILL), (99, 0)):
+        process = Forked(killed, tmp_path / "killed", step, log=tmp_path / "log")
+        assert process.wait() == code, process.said()[-2000:]
     expected = load_file(tmp_path / "whole" / "end" / "adapter_model.safetensors")
     found = load_file(tmp_path / "killed" / "end" / "adapter_model.safetensors")
     assert all(torch.equal(value, expected[name]) for name, value in found.items())
@@ -318,7 +301,7 @@ def test_the_collator_comes_from_the_tokenizer(tmp_path: Path) -> None:
 
 
 def two_processes(directory: Path) -> None:
-    """Run by torchrun in each process."""
+    """Run in each process."""
     trainer, _ = run(
         ReftTrainer, model_for(), directory, per_device_train_batch_size=2, ddp_backend="gloo", reuse="disk",
         reuse_dir=directory / "reuse",
@@ -332,16 +315,7 @@ def two_processes(directory: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_are_one_with_the_double_batch(tmp_path: Path) -> None:
     (tmp_path / "two").mkdir()
-    here = Path(__file__).parent
-    script = tmp_path / "worker.py"
-    script.write_text(
-        f"import sys; sys.path[:0] = [{str(here)!r}, {str(here.parent)!r}]\nimport test_reuse_trainer as t\n"
-        f"t.two_processes(t.Path({str(tmp_path / 'two')!r}))\n"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    assert ended.returncode == 0, ended.stderr[-4000:]
+    ranks(two_processes, tmp_path / "two", logs=tmp_path)
     one, _ = run(Trainer, model_for(), tmp_path / "one")
     assert json.loads((tmp_path / "two" / "losses.json").read_text()) == pytest.approx(history(one), rel=1e-6)
     saved = load_file(tmp_path / "two" / "saved" / "adapter_model.safetensors")
