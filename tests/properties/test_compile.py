@@ -1,8 +1,12 @@
-"""torch.compile: no more graph breaks than the base has, and the same numbers."""
+"""torch.compile: no more graph breaks and graphs than the base has, and the same numbers."""
+
+from typing import Any
 
 import pytest
 import torch
 import torch._dynamo
+from torch._dynamo.utils import counters
+from transformers import CompileConfig, StaticCache
 
 from conftest import tiny_llama
 from reftune import LoreftIntervention, ReftConfig, get_reft_model
@@ -18,6 +22,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 @pytest.fixture(autouse=True)
 def _fresh() -> None:
     torch._dynamo.reset()
+    counters.clear()
 
 
 def adapted(positions: str, **settings):
@@ -30,12 +35,11 @@ def breaks(model, **inputs) -> int:
     return torch._dynamo.explain(model)(IDS, attention_mask=MASK, use_cache=False, **inputs).graph_break_count
 
 
-@pytest.mark.parametrize("positions", POSITIONS)
-def test_no_graph_breaks_in_training_and_inference(positions: str) -> None:
+def test_no_graph_breaks_in_training() -> None:
+    """In inference there is none either: the next test's `fullgraph` refuses them."""
     assert breaks(tiny_llama(layers=2).train(), labels=LABELS) == 0
-    assert breaks(adapted(positions).train(), labels=LABELS) == 0
-    with torch.no_grad():
-        assert breaks(adapted(positions).eval()) == 0
+    for positions in POSITIONS:
+        assert breaks(adapted(positions).train(), labels=LABELS) == 0
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
@@ -74,19 +78,46 @@ def test_compiled_training_is_plain_training_and_keeps_r_orthonormal(kind: str) 
             assert orthonormality_error(module.R.detach()) < 1e-5
 
 
-@pytest.mark.parametrize("positions", ["l1+gen/2"])
+def generates(model: Any, sizes: Any = ((8, 4), (6, 7), (7, 3)), **settings: Any) -> int:
+    """Generates over one static cache as without, from prompts of several lengths; the number of graphs."""
+    cache = StaticCache(model.config, max_cache_len=24)
+    for columns, steps in sizes:
+        inputs = {"input_ids": IDS[:, -columns:], "attention_mask": MASK[:, -columns:], "max_new_tokens": steps}
+        inputs |= {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        with torch.compiler.set_stance("force_eager"):
+            expected = model.generate(**inputs)
+        cache.reset()
+        assert torch.equal(model.generate(**inputs, past_key_values=cache, **settings), expected)
+    assert not counters["graph_break"]
+    return counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize(("positions", "more"), [("f2+l2", 0), ("all", 0), ("l1+gen/2", 1)])
 @torch.no_grad()
-def test_a_compiled_model_generates_the_same_tokens(positions: str) -> None:
-    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    expected = adapted(positions).eval().generate(input_ids=IDS, attention_mask=MASK, **settings)
-    model = adapted(positions).eval()
-    base = model.get_base_model()
-    base.forward = torch.compile(base.forward, backend="aot_eager")
-    found = model.generate(input_ids=IDS, attention_mask=MASK, cache_implementation="static", **settings)
-    assert torch.equal(found, expected)
+def test_generate_compiles_its_steps_as_often_as_the_bases(positions: str, more: int) -> None:
+    """As it does by itself on a GPU with a static cache. `gen/2` has a graph more, for it asks for the cache's length
+    before the pass."""
+    compile_config = CompileConfig(backend="eager", fullgraph=False, mode=None)
+    compile_config._compile_all_devices = True
+    expected = generates(tiny_llama(layers=2), compile_config=compile_config)
+    torch._dynamo.reset()
+    counters.clear()
+    assert generates(adapted(positions).eval(), compile_config=compile_config) == expected + more > 0
+
+
+@torch.no_grad()
+def test_a_compiled_forward_is_compiled_as_often_as_the_bases_in_generation() -> None:
+    base, model = tiny_llama(layers=2), adapted("l1+gen/2").eval()
+    found = []
+    for one, inner in ((base, base), (model, model.get_base_model())):
+        torch._dynamo.reset()
+        counters.clear()
+        inner.forward = torch.compile(inner.forward, backend="eager")
+        found.append(generates(one, [(8, 4), (6, 7)]))
+    assert found[0] == found[1] > 0
 
 
 def test_labels_without_a_prompt_are_refused_in_a_graph_too() -> None:
-    compiled = torch.compile(adapted("f2+l2").train(), backend="aot_eager")
+    compiled = torch.compile(adapted("f2+l2").train(), backend="eager")
     with pytest.raises(RuntimeError, match="leave no prompt"):
         compiled(IDS, labels=IDS)

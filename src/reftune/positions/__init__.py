@@ -4,6 +4,7 @@ from .grammar import Term as Term
 from .grammar import groups as groups
 from .grammar import parse as parse
 from .layout import Layout as Layout
+from .layout import generated as generated
 from .layout import layout as layout
 from .layout import packed_starts as packed_starts
 from .select import NoPromptError as NoPromptError

@@ -36,6 +36,11 @@ class Term:
         """Whether every token it names is a prompt token: nothing of it is left once the prompt has been read."""
         return self.name in ("f", "l", "mid", "prompt")
 
+    @property
+    def counts_answer(self) -> bool:
+        """Whether it matters which token of an answer a token is."""
+        return self.name in ("gen:", "gen/")
+
 
 def parse(expression: str) -> tuple[Term, ...]:
     """The terms of an expression in its order; anything else is a ValueError that says what was found."""

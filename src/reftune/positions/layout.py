@@ -58,6 +58,13 @@ def layout(real: Tensor, response: Tensor | None = None, starts: Tensor | None =
     return Layout(index, torch.where(real, length, 0), generated, segment)
 
 
+def generated(rows: int, places: Tensor) -> Layout:
+    """The layout of generated tokens alone, `places` (T,) in the answers of all rows."""
+    places = places.expand(rows, -1)
+    segment = torch.arange(rows, device=places.device).unsqueeze(1).expand(places.shape)
+    return Layout(torch.full_like(places, -1), torch.zeros_like(places), places, segment)
+
+
 def _rank(flag: Tensor, segment: Tensor, count: int) -> Tensor:
     """How many flags came before within the segment, counting this one, minus one: (B, T) → (B, T)."""
     running = flag.long().cumsum(1)

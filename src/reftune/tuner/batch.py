@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..interventions.choice import Choice
-from ..positions import Layout, NoPromptError, check_prompts, layout, packed_starts, parse, select_group
+from ..positions import Layout, NoPromptError, check_prompts, generated, layout, packed_starts, parse, select_group
 from .mix import Mix
 
 
@@ -22,6 +22,7 @@ class Prompt:
 
     columns: int
     mask: Tensor | None = None
+    end: Tensor | None = None  # columns again, for compiled graphs, which a number would be a part of
     read: bool = False  # a forward pass has gone past its last column
     seen: int = 0  # columns computed so far; recurrent caches do not say
     cache: Any = None  # the cache it was read into
@@ -36,13 +37,17 @@ class Inputs:
     labels: Tensor | None = None  # (B, columns), of a causal language model
     prompt_mask: Tensor | None = None  # (B, columns)
     position_ids: Tensor | None = None  # (B, columns)
-    past: int = 0
+    past: int | Tensor = 0  # columns in the cache; a tensor () in a compiled step after the prompt
     device: torch.device | None = None
 
     def layout(self, prompt: Prompt | None) -> Layout:
         """The layout of this pass's columns; `prompt` is given when it continues or makes up a generation."""
         assert self.shape is not None
         rows, columns = self.shape
+        if isinstance(self.past, Tensor):
+            assert prompt is not None
+            assert prompt.end is not None
+            return generated(rows, self.past - prompt.end + torch.arange(columns, device=self.past.device))
         total = self.past + columns
         width = max(total, prompt.columns) if prompt else total
         real = _widen(self.mask, rows, total, self.device)
@@ -240,7 +245,7 @@ class Batch:
             )
 
     def _layout(self, hidden: Tensor) -> Layout:
-        if self.places is None:
+        if self.places is None or hidden.dim() != 3 or self.places.shape != hidden.shape[:2]:
             if hidden.dim() != 3:
                 raise ValueError(
                     f"The hidden states at this site have the shape {tuple(hidden.shape)}; reftune edits (batch, "

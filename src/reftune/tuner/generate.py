@@ -54,12 +54,13 @@ def _prompt(original: Any, model: nn.Module, args: tuple[Any, ...], kwargs: dict
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return None  # the encoder reads its whole input in one pass
     mask = named.get("attention_mask")
-    columns = 0
+    columns, device = 0, None
     for key in ("inputs", "input_ids", "inputs_embeds", "attention_mask"):
         value = named.get(key)
         if isinstance(value, Tensor) and value.dim() >= 2:
-            columns = max(columns, value.shape[1])
+            columns, device = max(columns, value.shape[1]), value.device
     if columns == 0:  # begins with bos alone
         columns = 1
     usable = isinstance(mask, Tensor) and mask.dim() == 2
-    return Prompt(columns, mask.to(torch.bool) if usable else None)  # type: ignore[union-attr]
+    seen = mask.to(torch.bool) if usable else None  # type: ignore[union-attr]
+    return Prompt(columns, seen, torch.tensor(columns, device=device))

@@ -156,15 +156,17 @@ class Session:
         batch, state.batch, state.idle = state.batch, None, False
         if batch is None or output is None or batch.inputs.shape is None:
             return
-        prompt = batch.prompt
+        prompt, past = batch.prompt, batch.inputs.past
+        if isinstance(past, Tensor):  # a compiled step: what there is to know of the prompt is known
+            return
         cache = cache_among(kwargs.get)
         if cache is None:
             cache = cache_of(output)
         if prompt is None and cache is not None and batch.inputs.labels is None and batch.inputs.prompt_mask is None:
-            prompt = Prompt(columns=batch.inputs.past + batch.inputs.shape[1])
+            prompt = Prompt(columns=past + batch.inputs.shape[1])
             _remember(cache, prompt)
         if prompt is not None:
-            prompt.seen = batch.inputs.past + batch.inputs.shape[1]
+            prompt.seen = past + batch.inputs.shape[1]
             if cache is not None and prompt.seen >= prompt.columns:
                 prompt.read, prompt.cache = True, cache
 
@@ -184,6 +186,10 @@ class Session:
         if prompt is not None and prompt.read and self._only_prompt_terms():
             return Batch(Inputs(shape, past=prompt.columns), prompt, names, mix, nothing=True)
 
+        if torch.compiler.is_compiling() and state.prompt is not None and prompt is not None and prompt.read:
+            number = _past_in_graph(cache, prompt, get("cache_position"), self._counts_answers())
+            if number is not None:
+                return Batch(Inputs(shape, past=number), prompt, names, mix)
         past = _past(cache, prompt, get("cache_position"))
         if past == 0 and state.prompt is None:
             prompt = None  # an emptied cache begins a new prompt
@@ -208,7 +214,10 @@ class Session:
         )
         if inputs.labels is not None or inputs.prompt_mask is not None:
             prompt = None
-        return Batch(inputs, prompt, names, mix)
+        batch = Batch(inputs, prompt, names, mix)
+        if state.prompt is not None and shape is not None and not torch.compiler.is_compiling():
+            batch.places = inputs.layout(prompt)  # here, for a compiled `forward` would be compiled anew for each step
+        return batch
 
     def _choice(self, subspaces: Any, batch: Batch) -> Choice:
         """What was chosen, checked, and repeated as generate repeats its rows for beams."""
@@ -224,6 +233,9 @@ class Session:
     def _only_prompt_terms(self) -> bool:
         return all(t.in_prompt for name in self.names for p in self.positions.get(name, ()) for t in parse(p))
 
+    def _counts_answers(self) -> bool:
+        return any(t.counts_answer for name in self.names for p in self.positions.get(name, ()) for t in parse(p))
+
     def _names(self, module: nn.Module) -> list[str]:
         cls = type(module)
         if cls not in self.signatures:
@@ -237,18 +249,30 @@ class Session:
 
 def _past(cache: Any, prompt: Prompt | None, places: Any = None) -> int:
     """Columns that the cache holds already. `places` (columns,) is where this pass's stand, if the call says so."""
-    if cache is None:
-        return 0
-    try:
-        length = cache.get_seq_length()
-        if isinstance(length, Tensor) and isinstance(places, Tensor) and places.dim() == 1 and places.numel():
-            length = places[0]  # transformers 5.0 counts a static cache's keys that are not zero: padding's may be
-        length = int(length)
-    except (AttributeError, TypeError, ValueError, NotImplementedError):
-        length = 0
-    if length == 0 and prompt is not None and prompt.cache is cache:
+    length = int(_length(cache, places))
+    if length == 0 and cache is not None and prompt is not None and prompt.cache is cache:
         return prompt.seen  # a recurrent state does not count its columns
     return length
+
+
+def _past_in_graph(cache: Any, prompt: Prompt, places: Any, exactly: bool) -> Tensor | None:
+    """The same for a compiled step after the prompt, as a tensor (): a number would be part of the graph, and every
+    step's another. Not `exactly`: that the prompt is over is all that matters. None if the cache cannot tell."""
+    length = _length(cache, places)
+    if isinstance(length, Tensor) and exactly:
+        return length.clone()  # the cache counts on in place
+    counts = isinstance(length, Tensor) or length > 0
+    return prompt.end if counts and not exactly else None
+
+
+def _length(cache: Any, places: Any) -> int | Tensor:
+    try:
+        length: int | Tensor = cache.get_seq_length()
+        if isinstance(length, Tensor) and isinstance(places, Tensor) and places.dim() == 1 and places.numel():
+            length = places[0]  # transformers 5.0 counts a static cache's keys that are not zero: padding's may be
+        return length if isinstance(length, Tensor) else int(length)
+    except (AttributeError, TypeError, ValueError, NotImplementedError):  # None, too
+        return 0
 
 
 def _remember(cache: Any, prompt: Prompt) -> None:
