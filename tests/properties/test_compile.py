@@ -56,10 +56,10 @@ def test_a_compiled_forward_is_the_plain_one(positions: str) -> None:
     torch.testing.assert_close(compiled(IDS, attention_mask=MASK).logits, expected)
 
 
-@pytest.mark.parametrize("kind", ["loreft", "postblock"])
-def test_compiled_training_is_plain_training_and_keeps_r_orthonormal(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "backend"), [("loreft", "aot_eager"), ("postblock", "eager")])
+def test_compiled_training_is_plain_training_and_keeps_r_orthonormal(kind: str, backend: str) -> None:
     plain, other = (adapted("f2+l2", intervention=kind).train() for _ in range(2))
-    compiled = torch.compile(other, backend="aot_eager")
+    compiled = torch.compile(other, backend=backend)
     optimisers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=0.02) for m in (plain, other)]
     for _ in range(4):
         losses = []
