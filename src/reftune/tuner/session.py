@@ -258,11 +258,12 @@ def _past(cache: Any, prompt: Prompt | None, places: Any = None) -> int:
 def _past_in_graph(cache: Any, prompt: Prompt, places: Any, exactly: bool) -> Tensor | None:
     """The same for a compiled step after the prompt, as a tensor (): a number would be part of the graph, and every
     step's another. Not `exactly`: that the prompt is over is all that matters. None if the cache cannot tell."""
+    if not exactly and isinstance(places, Tensor):
+        return prompt.end
     length = _length(cache, places)
-    if isinstance(length, Tensor) and exactly:
-        return length.clone()  # the cache counts on in place
-    counts = isinstance(length, Tensor) or length > 0
-    return prompt.end if counts and not exactly else None
+    if isinstance(length, Tensor):
+        return length.clone() if exactly else prompt.end  # a clone, for the cache counts on in place
+    return prompt.end if length > 0 and not exactly else None
 
 
 def _length(cache: Any, places: Any) -> int | Tensor:
