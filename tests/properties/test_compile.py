@@ -25,10 +25,10 @@ def _fresh() -> None:
     counters.clear()
 
 
-def adapted(positions: str, **settings):
+def adapted(positions: str, depth: int = 2, **settings: Any) -> Any:
     torch.manual_seed(1)
     config = ReftConfig(positions=positions, layers="all", init_weights=False, **settings)
-    return get_reft_model(tiny_llama(layers=2), config)
+    return get_reft_model(tiny_llama(layers=depth), config)
 
 
 def breaks(model, **inputs) -> int:
@@ -107,7 +107,7 @@ def test_generate_compiles_its_steps_as_often_as_the_bases(positions: str, more:
 
 @torch.no_grad()
 def test_a_compiled_forward_is_compiled_as_often_as_the_bases_in_generation() -> None:
-    base, model = tiny_llama(layers=2), adapted("l1+gen/2").eval()
+    base, model = tiny_llama(layers=1), adapted("l1+gen/2", depth=1).eval()
     found = []
     for one, inner in ((base, base), (model, model.get_base_model())):
         torch._dynamo.reset()
