@@ -33,6 +33,7 @@ def test_every_term(text: str, term: Term) -> None:
     assert parse(text) == (term,)
     assert str(term) == text
     assert term.in_prompt == (not text.startswith(("all", "gen")))
+    assert term.counts_answer == text.startswith(("gen:", "gen/"))
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)

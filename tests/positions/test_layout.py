@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from reftune.positions import Layout, layout, packed_starts
+from reftune.positions import Layout, generated, layout, packed_starts
 
 
 @st.composite
@@ -134,6 +134,14 @@ def test_the_last_columns_are_what_a_decode_step_computes() -> None:
     assert step.length.tolist() == [[4], [4]]
     assert places.last(6).index.tolist() == places.index.tolist()
     assert places.last(0).shape == (2, 0)
+
+
+def test_generated_tokens_alone_stand_where_the_whole_layout_has_them() -> None:
+    places = layout(torch.ones(2, 7, dtype=torch.bool), (torch.arange(7) >= 4).expand(2, 7)).last(2)
+    alone = generated(2, torch.tensor([1, 2]))
+    assert alone.shape == (2, 2)
+    for name in ("index", "generated", "segment"):
+        assert torch.equal(getattr(alone, name), getattr(places, name)), name
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)

@@ -56,10 +56,10 @@ def test_a_compiled_forward_is_the_plain_one(positions: str) -> None:
     torch.testing.assert_close(compiled(IDS, attention_mask=MASK).logits, expected)
 
 
-@pytest.mark.parametrize(("kind", "backend"), [("loreft", "aot_eager"), ("postblock", "eager")])
-def test_compiled_training_is_plain_training_and_keeps_r_orthonormal(kind: str, backend: str) -> None:
+@pytest.mark.parametrize("kind", ["loreft", "postblock"])
+def test_compiled_training_is_plain_training_and_keeps_r_orthonormal(kind: str) -> None:
     plain, other = (adapted("f2+l2", intervention=kind).train() for _ in range(2))
-    compiled = torch.compile(other, backend=backend)
+    compiled = torch.compile(other, backend="aot_eager")
     optimisers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=0.02) for m in (plain, other)]
     for _ in range(4):
         losses = []
@@ -97,7 +97,7 @@ def generates(model: Any, sizes: Any = ((8, 4), (6, 7), (7, 3)), **settings: Any
 def test_generate_compiles_its_steps_as_often_as_the_bases(positions: str, more: int) -> None:
     """As it does by itself on a GPU with a static cache. `gen/2` has a graph more, for it asks for the cache's length
     before the pass."""
-    compile_config = CompileConfig(backend="eager", fullgraph=False, mode=None)
+    compile_config = CompileConfig(backend="aot_eager", fullgraph=False, mode=None)
     compile_config._compile_all_devices = True
     expected = generates(tiny_llama(layers=2), compile_config=compile_config)
     torch._dynamo.reset()
@@ -112,12 +112,12 @@ def test_a_compiled_forward_is_compiled_as_often_as_the_bases_in_generation() ->
     for one, inner in ((base, base), (model, model.get_base_model())):
         torch._dynamo.reset()
         counters.clear()
-        inner.forward = torch.compile(inner.forward, backend="eager")
+        inner.forward = torch.compile(inner.forward, backend="aot_eager")
         found.append(generates(one, [(8, 4), (6, 7)]))
     assert found[0] == found[1] > 0
 
 
 def test_labels_without_a_prompt_are_refused_in_a_graph_too() -> None:
-    compiled = torch.compile(adapted("f2+l2").train(), backend="eager")
+    compiled = torch.compile(adapted("f2+l2").train(), backend="aot_eager")
     with pytest.raises(RuntimeError, match="leave no prompt"):
         compiled(IDS, labels=IDS)

@@ -5,6 +5,7 @@ import torch
 
 from conftest import tiny_llama
 from reftune import ReftConfig, get_reft_model
+from reftune.positions import layout
 from reftune.tuner.batch import Batch, Inputs
 
 POSITIONS = ["f2+l2", "f1+l1", "mid1", "prompt", "all", "gen", "gen:2", "gen/2", "f99+l99", "l99"]
@@ -24,6 +25,15 @@ def test_an_empty_batch_comes_back_empty(positions: str, shape: tuple[int, int])
     layer = model.get_base_model().model.layers[1].edit_output
     layer.session.state.batch = Batch(Inputs(shape))
     assert layer(torch.zeros(*shape, 32)).shape == (*shape, 32)
+
+
+def test_states_of_another_shape_are_refused_though_their_places_are_known() -> None:
+    """`generate` knows them before the pass."""
+    layer = adapted("all").get_base_model().model.layers[1].edit_output
+    for shape in ((2, 4, 32), (2, 32)):
+        layer.session.state.batch = Batch(Inputs((2, 5)), places=layout(torch.ones(2, 5, dtype=torch.bool)))
+        with pytest.raises(ValueError, match="at this site have the shape"):
+            layer(torch.zeros(*shape))
 
 
 @pytest.mark.parametrize("positions", POSITIONS)

@@ -59,7 +59,8 @@ def layout(real: Tensor, response: Tensor | None = None, starts: Tensor | None =
 
 
 def generated(rows: int, places: Tensor) -> Layout:
-    """The layout of generated tokens alone, `places` (T,) in the answers of all rows."""
+    """The layout (rows, T) of generated tokens alone, `places` (T,) in their answers; `length`, which they have no use
+    for, is 0."""
     places = places.expand(rows, -1)
     segment = torch.arange(rows, device=places.device).unsqueeze(1).expand(places.shape)
     return Layout(torch.full_like(places, -1), torch.zeros_like(places), places, segment)

@@ -245,7 +245,7 @@ class Batch:
             )
 
     def _layout(self, hidden: Tensor) -> Layout:
-        if self.places is None or hidden.dim() != 3 or self.places.shape != hidden.shape[:2]:
+        if self.places is None or self.places.shape != hidden.shape[:-1]:
             if hidden.dim() != 3:
                 raise ValueError(
                     f"The hidden states at this site have the shape {tuple(hidden.shape)}; reftune edits (batch, "

@@ -61,6 +61,5 @@ def _prompt(original: Any, model: nn.Module, args: tuple[Any, ...], kwargs: dict
             columns, device = max(columns, value.shape[1]), value.device
     if columns == 0:  # begins with bos alone
         columns = 1
-    usable = isinstance(mask, Tensor) and mask.dim() == 2
-    seen = mask.to(torch.bool) if usable else None  # type: ignore[union-attr]
-    return Prompt(columns, seen, torch.tensor(columns, device=device))
+    mask = mask.to(torch.bool) if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    return Prompt(columns, mask, torch.tensor(columns, device=device))

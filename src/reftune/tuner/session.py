@@ -267,13 +267,16 @@ def _past_in_graph(cache: Any, prompt: Prompt, places: Any, exactly: bool) -> Te
 
 
 def _length(cache: Any, places: Any) -> int | Tensor:
+    """Columns that the cache counts, as `_past`; 0 if it does not: no cache, a tuple, or a recurrent state alone."""
+    count = getattr(cache, "get_seq_length", None)
     try:
-        length: int | Tensor = cache.get_seq_length()
-        if isinstance(length, Tensor) and isinstance(places, Tensor) and places.dim() == 1 and places.numel():
-            length = places[0]  # transformers 5.0 counts a static cache's keys that are not zero: padding's may be
-        return length if isinstance(length, Tensor) else int(length)
-    except (AttributeError, TypeError, ValueError, NotImplementedError):  # None, too
+        length: int | Tensor | None = None if count is None else count()
+    except ValueError:  # how a cache without an attention layer says so
         return 0
+    if not isinstance(length, Tensor):
+        return int(length or 0)
+    # transformers 5.0 counts a static cache's keys that are not zero: padding's may be
+    return places[0] if isinstance(places, Tensor) and places.dim() == 1 and places.numel() else length
 
 
 def _remember(cache: Any, prompt: Prompt) -> None:
