@@ -15,6 +15,20 @@ from reftune.bench.models import ENCODER, encoder_source, head_modules, load_cla
 from reftune.bench.shapes import SHAPES, count_preset, meta_model
 from reftune.bench.training import fit, total_steps
 from reftune.data import ReftDataCollator
+from reftune.interventions import INTERVENTIONS, Intervention
+
+
+class ShiftIntervention(Intervention):
+    """h + b, a kind that reftune does not know."""
+
+    has_rank = False
+
+    def reset_parameters(self) -> None:
+        self.b = torch.nn.Parameter(torch.zeros(self.embed_dim))
+
+    def delta(self, h: torch.Tensor, segments: torch.Tensor | None = None) -> torch.Tensor:
+        assert self.b is not None
+        return self.b.expand_as(h)
 
 
 @pytest.mark.parametrize(
@@ -67,6 +81,23 @@ def test_each_method_trains_its_own_and_nothing_of_the_base(method: str) -> None
     else:
         assert names == set()
     assert counts.head == 0
+
+
+def test_a_registered_kind_of_ones_own_is_a_method_and_takes_no_other_methods_name(monkeypatch: Any) -> None:
+    for name in ("bench_shift", "lora"):
+        monkeypatch.setitem(INTERVENTIONS, name, ShiftIntervention)
+    monkeypatch.setattr(ShiftIntervention, "kind", "bench_shift", raising=False)
+    entry = {"name": "shift l1", "method": "bench_shift", "positions": "l1"}
+    method = resolve(entry, "instruct", {"layers": [0]})
+    assert method.options["layers"] == [0]
+    assert method.lrs == resolve("loreft", "instruct", {}).lrs
+    model, counts = attach(tiny_llama(), method, head=[], steps=10)
+    assert counts.trainable == model.config.hidden_size
+    assert [name for name, p in model.named_parameters() if p.requires_grad and ".reft_" not in name] == []
+    names, _ = trained(tiny_llama(), "lora", [])
+    assert all(".lora_" in name for name in names)
+    with pytest.raises(ValueError, match="Did you mean 'bench_shift'"):
+        resolve("bench_shif", "glue", {})
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "base"])

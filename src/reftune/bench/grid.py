@@ -17,7 +17,7 @@ from typing import Any, Literal
 from reftune.train.recipe_file import RecipeError, from_dict
 
 from .checks import check_methods, check_values
-from .methods import REFT_KINDS, Method, rates, resolve
+from .methods import Method, is_reft, rates, resolve
 from .tasks import SUITES, task
 
 
@@ -234,7 +234,7 @@ def _methods(grid: Grid, evaluated: tuple[str, ...]) -> list[tuple[Method, dict[
     found = []
     for entry in grid.methods:
         method = resolve(entry, grid.suite, grid.reft | own)
-        if lrs is not None and method.method in REFT_KINDS and not (isinstance(entry, Mapping) and "lrs" in entry):
+        if lrs is not None and is_reft(method.method) and not (isinstance(entry, Mapping) and "lrs" in entry):
             method = dataclasses.replace(method, lrs=rates(lrs, f"per_task.{evaluated[0]}"))
         _known(BudgetSection, method.train, f"train of {method.name}")
         train = dataclasses.asdict(grid.train) | dict(budget) | method.train

@@ -1,5 +1,7 @@
 """The methods that are compared, each a table entry: every ReFT kind, LoRA, DoRA, AdaLoRA, full, probe, base.
 
+A ReFT kind is any that is registered, so one's own are compared as the others are.
+
 method = resolve("loreft", "glue", {})                                     # the entry with the suite's defaults
 method = resolve({"name": "loreft-l1", "method": "loreft", "positions": "l1", "r": 4}, "commonsense", {})
 model, counts = attach(base, method, head=["classifier"], steps=100)
@@ -10,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from reftune.interventions import INTERVENTIONS
+
 # Peak learning rates of the sweep, the same number for every method. A best one at an end of its three is marked in
 # the reports: widen `lrs` then.
 _REFT = (3e-4, 1e-3, 3e-3)
@@ -17,10 +21,10 @@ _LORA = (1e-4, 3e-4, 1e-3)
 _FULL = (1e-5, 3e-5, 1e-4)
 _GLUE = {"reft": (1e-3, 3e-3, 1e-2), "lora": (3e-4, 1e-3, 3e-3), "full": (3e-5, 1e-4, 3e-4), "probe": _REFT}
 
-_LOW_RANK = ("loreft", "noreft", "consreft", "lobireft", "direft", "nodireft")
-REFT_KINDS = (*_LOW_RANK, "red", "reft_r1", "postblock")
+REFT_KINDS = ("loreft", "noreft", "consreft", "lobireft", "direft", "nodireft", "red", "reft_r1", "postblock")
 PEFT_KINDS = ("lora", "dora", "adalora")
-METHODS = (*REFT_KINDS, *PEFT_KINDS, "full", "probe", "base")
+_OTHERS = (*PEFT_KINDS, "full", "probe", "base")
+METHODS = (*REFT_KINDS, *_OTHERS)
 
 # What the paper uses, by suite: tied f7+l7 in all layers at rank 8; on GLUE the first tokens at rank 1.
 _PAPER: dict[str, dict[str, Any]] = {
@@ -66,7 +70,8 @@ class Counts:
 
 
 def resolve(entry: str | Mapping[str, Any], suite: str, reft: Mapping[str, Any]) -> Method:
-    """A grid's entry with defaults filled in; `reft` holds the grid's settings for the low-rank ReFT kinds.
+    """A grid's entry with defaults filled in; `reft` holds the grid's settings for the low-rank ReFT kinds and
+    for registered ones.
 
     Raises ValueError for an unknown method or a misplaced `lrs`.
     """
@@ -74,9 +79,10 @@ def resolve(entry: str | Mapping[str, Any], suite: str, reft: Mapping[str, Any])
         raise ValueError(f"A method is a name or {{name:, method:, lrs:, ...}}, but got {entry!r}.")
     given: dict[str, Any] = {"method": entry} if isinstance(entry, str) else dict(entry)
     method = given.pop("method", given.get("name"))
-    if method not in METHODS:
-        near = difflib.get_close_matches(str(method), METHODS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(METHODS)}."
+    if method not in METHODS and not is_reft(method):
+        known = dict.fromkeys((*METHODS, *INTERVENTIONS))
+        near = difflib.get_close_matches(str(method), known, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(known)}."
         raise ValueError(f"There is no method {method!r}.{hint}")
     name = str(given.pop("name", method))
     lrs, train = given.pop("lrs", None), given.pop("train", {})
@@ -84,7 +90,7 @@ def resolve(entry: str | Mapping[str, Any], suite: str, reft: Mapping[str, Any])
         lrs = rates(lrs, name)
     if not isinstance(train, Mapping):
         raise ValueError(f"train of {name} must be keys with values, such as {{epochs: 3}}, but is {train!r}.")
-    if method in _LOW_RANK:
+    if is_reft(method) and method not in _OWN:
         options = _PAPER[suite] | dict(reft)
     else:
         options = dict(_OWN.get(method, _PEFT.get(method, {})))
@@ -93,6 +99,11 @@ def resolve(entry: str | Mapping[str, Any], suite: str, reft: Mapping[str, Any])
     if method in ("full", "probe", "base") and given:
         raise ValueError(f"{name}: {method} has no settings, but got {', '.join(given)}.")
     return Method(name, method, _lrs(method, suite) if lrs is None else lrs, options | given, dict(train))
+
+
+def is_reft(method: Any) -> bool:
+    """Whether a method is a kind of intervention: one of `REFT_KINDS`, or another that is registered."""
+    return isinstance(method, str) and method in INTERVENTIONS and method not in _OTHERS
 
 
 def rates(lrs: Any, where: str) -> tuple[float, ...]:
@@ -106,7 +117,7 @@ def rates(lrs: Any, where: str) -> tuple[float, ...]:
 def _lrs(method: str, suite: str) -> tuple[float, ...]:
     if method == "base":
         return ()
-    family = "reft" if method in REFT_KINDS else "lora" if method in PEFT_KINDS else method
+    family = "reft" if is_reft(method) else "lora" if method in PEFT_KINDS else method
     if suite == "glue":
         return _GLUE[family]
     return {"reft": _REFT, "lora": _LORA, "full": _FULL, "probe": _FULL}[family]
@@ -122,7 +133,7 @@ def configuration(method: Method, *, head: list[str], steps: int) -> Any:
     from reftune import ReftConfig
 
     shared: dict[str, Any] = {"task_type": "SEQ_CLS" if head else "CAUSAL_LM", "modules_to_save": head or None}
-    if method.method in REFT_KINDS:
+    if is_reft(method.method):
         return ReftConfig(intervention=method.method, **method.options, **shared)
     if method.method not in PEFT_KINDS:
         return None
@@ -147,7 +158,7 @@ def attach(model: Any, method: Method, *, head: list[str], steps: int) -> tuple[
     from reftune import get_reft_model
 
     config = configuration(method, head=head, steps=steps)
-    if method.method in REFT_KINDS:
+    if is_reft(method.method):
         model = get_reft_model(model, config)
     elif method.method in PEFT_KINDS:
         model = get_peft_model(model, config)
