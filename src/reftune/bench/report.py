@@ -14,6 +14,7 @@ from .epochs import by_epoch
 from .markdown import table
 from .rates import short, tried
 from .tasks import task
+from .wider import current
 
 
 @dataclass
@@ -40,7 +41,7 @@ class Summary:
 def summarise(rows: Sequence[dict[str, Any]]) -> list[Summary]:
     """One summary a method, by the order in which they first appear."""
     found: dict[str, Summary] = {}
-    for row in rows:
+    for row in current(rows):
         if row["stage"] != "final":
             continue
         one = found.setdefault(row["method"], Summary(row["method"]))
@@ -76,6 +77,7 @@ def report(rows: Sequence[dict[str, Any]], title: str = "Results") -> str:
 
     Raises ValueError if a method's runs on a task differ in more than the seed, or methods saw other rows of a task.
     """
+    rows = current(rows)
     suites = sorted({row["suite"] for row in rows})
     models = sorted({row["spec"]["model"] for row in rows})
     if len(suites) > 1 or len(models) > 1:

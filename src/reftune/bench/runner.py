@@ -28,6 +28,7 @@ from .grid import Grid, Job, jobs
 from .progress import line, time_left
 from .runs import run_job, this_device
 from .store import Store
+from .wider import same_run
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,11 @@ def best_lr(job: Job, plan: list[Job], store: Store) -> tuple[float | None, list
 
 def _run(job: Job, plan: list[Job], store: Store, folder: Path | None, kept: MemoryStore | None) -> dict[str, Any]:
     lr, sweep = (job.lr, []) if job.stage == "sweep" else best_lr(job, plan, store)
-    row = run_job(job, lr=lr, data=folder, work=_work(store, job), kept=kept)
+    held = same_run(job.spec(), lr, store.rows()) if sweep else None  # of a sweep of fewer rates with the same best
+    if held is not None:
+        row = held | {"id": job.id, "spec": job.spec()}
+    else:
+        row = run_job(job, lr=lr, data=folder, work=_work(store, job), kept=kept)
     if sweep:
         row["sweep"] = sweep
         row["lr_at_end"] = lr in (min(job.method.lrs), max(job.method.lrs))
