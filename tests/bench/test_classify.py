@@ -22,7 +22,9 @@ def test_the_best_epoch_is_kept(tmp_path: Path) -> None:
     best.on_train_begin(None, TrainerState(global_step=2), None)  # goes on: the copy stays
     assert best.restore(model) == [0.1, 0.7, 0.6, 0.3]
     assert model.weight.unique().tolist() == [1.0]
-    assert not list(tmp_path.glob("*"))
+    model.weight.data.fill_(7)
+    assert best.restore(model) == [0.1, 0.7, 0.6, 0.3]  # it stays until the run is done
+    assert model.weight.unique().tolist() == [1.0]
     (tmp_path / "best.pt").write_bytes(b"of a killed run")
     best.on_train_begin(None, TrainerState(global_step=0), None)
     assert not list(tmp_path.glob("*"))

@@ -1,7 +1,6 @@
 """GLUE on an encoder (or any sequence classifier): train head and method, predict, score with the task's metrics."""
 
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from .metrics import glue_scores
 from .models import head_modules, load_classifier
 from .runs import Setup, train_method
 from .tasks import PairTask, task
+from .trained import numbers, put_back, write
 from .training import Fit
 
 Result = tuple[Counts, Fit, dict[str, dict[str, float]], dict[str, Any], dict[str, float]]
@@ -75,21 +75,14 @@ class BestEpoch(TrainerCallback):
         kept: dict[str, Any] = torch.load(self.file) if self.file.is_file() else {"score": -math.inf, "scores": {}}
         if score > kept["score"]:
             kept["score"] = score
-            kept["trained"] = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
+            kept["trained"] = numbers(model)
         kept["scores"][round(state.epoch, 2)] = score  # by epoch: one that is run again counts once
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        work = self.file.with_suffix(".tmp")
-        torch.save(kept, work)
-        os.replace(work, self.file)
+        write(self.file, kept)
 
     def restore(self, model: Any) -> list[float]:
         """Put the kept numbers back; returns the scores in the order of the epochs."""
         kept = torch.load(self.file)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name in kept["trained"]:
-                    parameter.copy_(kept["trained"][name])
-        self.file.unlink()
+        put_back(model, kept["trained"])
         return [score for _, score in sorted(kept["scores"].items())]
 
 

@@ -28,6 +28,7 @@ from .grid import Grid, Job, jobs
 from .progress import line, time_left
 from .runs import run_job, this_device
 from .store import Store
+from .trained import is_kept, tidy
 from .wider import same_run
 
 
@@ -104,7 +105,7 @@ def run_grid(
                     say(f"FAILED {job.id}: {failed[job.id]}")
                     continue
                 finished += store.put(row)
-                shutil.rmtree(_work(store, job), ignore_errors=True)  # not before: a run that fails late goes on late
+                _clear(job, plan, store)  # not before: a run that fails late goes on late
             done = [store.get(j.id) for j in plan if store.has(j.id)]
             workers = max(1, len(claims.live()) + 1)
             say(line(row, len(done), len(plan), time_left(plan, done, workers)))
@@ -138,11 +139,36 @@ def _run(job: Job, plan: list[Job], store: Store, folder: Path | None, kept: Mem
     if held is not None:
         row = held | {"id": job.id, "spec": job.spec()}
     else:
-        row = run_job(job, lr=lr, data=folder, work=_work(store, job), kept=kept)
+        same = [j for j in _sweeps(job, plan) if (j.seed, j.lr) == (job.seed, lr)] if sweep else []
+        taken = next((j for j in same if is_kept(_work(store, j))), None)
+        work = _work(store, taken or job)
+        row = run_job(job, lr=lr, data=folder, work=work, keep=_keeps(job, plan), kept=kept)
+        if taken:
+            row["trained_by"] = taken.id
+            row["seconds"]["all"] = round(row["seconds"]["all"] + row["seconds"]["train"], 3)
     if sweep:
         row["sweep"] = sweep
         row["lr_at_end"] = lr in (min(job.method.lrs), max(job.method.lrs))
     return row
+
+
+def _keeps(job: Job, plan: list[Job]) -> bool:
+    """Whether what a sweep's run trains may be what a final run would train again, and is small enough to be kept.
+
+    AdaLoRA's pruned ranks are of another shape than those that it starts with.
+    """
+    if job.stage == "final" or job.settings["sweep"]["steps"] is not None or job.method.method in ("full", "adalora"):
+        return False
+    return any(j.seed == job.seed for j in plan if j.stage == "final" and job in _sweeps(j, plan))
+
+
+def _clear(job: Job, plan: list[Job], store: Store) -> None:
+    """Remove what a run that is done needs no more, a final one also what its seed's sweep kept for it."""
+    if _keeps(job, plan):
+        return tidy(_work(store, job))
+    sweeps = _sweeps(job, plan) if job.stage == "final" else []
+    for over in (job, *(j for j in sweeps if j.seed == job.seed)):
+        shutil.rmtree(_work(store, over), ignore_errors=True)
 
 
 def _work(store: Store, job: Job) -> Path:

@@ -17,6 +17,7 @@ import reftune
 from reftune.train.recipe_file import from_dict
 from reftune.train.reuse import Store
 
+from . import trained
 from .data import Parts, load_rows, split
 from .grid import BudgetSection, Job, RowsSection, ScoringSection
 from .methods import Counts, attach
@@ -37,16 +38,20 @@ class Setup:
     scoring: ScoringSection
     parts: dict[str, Parts]
     work: Path
+    keep: bool = False  # in `work`, what is trained
     data: Path | None = None
     kept: Store | None = None
     lengths: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)  # task: rows left out, answers cut
     revision: str | None = None  # of the base's weights, where the hub tells
 
 
-def run_job(job: Job, *, lr: float | None, data: Path | None, work: Path, kept: Store | None = None) -> dict[str, Any]:
+def run_job(
+    job: Job, *, lr: float | None, data: Path | None, work: Path, keep: bool = False, kept: Store | None = None
+) -> dict[str, Any]:
     """Train and evaluate; returns the row.
 
-    `lr` is the rate to use, `work` a directory for checkpoints, `kept` what runs share of the frozen base.
+    `lr` is the rate to use, `work` a directory for checkpoints, `kept` what runs share of the frozen base. `keep`
+    leaves in `work` what was trained; a final run that finds that in its `work` trains nothing (see `trained`).
     """
     started = time.time()
     s = job.settings
@@ -61,7 +66,8 @@ def run_job(job: Job, *, lr: float | None, data: Path | None, work: Path, kept: 
         )
         for name in names
     }
-    setup = Setup(job, lr or 0.0, rows, train, from_dict(ScoringSection, s["scoring"]), parts, work, data, kept)
+    scoring = from_dict(ScoringSection, s["scoring"])
+    setup = Setup(job, lr or 0.0, rows, train, scoring, parts, work, keep, data, kept)
     if job.suite == "glue":
         from .classify import run
     else:
@@ -86,6 +92,8 @@ def train_method(
     model, counts = attach(model, job.method, head=head, steps=steps)
     if job.method.method == "base":
         return model.eval(), counts, NOTHING
+    if job.stage == "final" and trained.is_kept(setup.work):
+        return model, counts, trained.take(model, setup.work)
     fitted = fit(
         model,
         rows,
@@ -98,6 +106,8 @@ def train_method(
         kept=setup.kept,
         more_callbacks=callbacks,
     )
+    if setup.keep:
+        trained.keep(model, fitted, setup.work)
     return model, counts, fitted
 
 
