@@ -159,7 +159,7 @@ def _keeps(job: Job, plan: list[Job]) -> bool:
     """
     if job.stage == "final" or job.settings["sweep"]["steps"] is not None or job.method.method in ("full", "adalora"):
         return False
-    return any(j.seed == job.seed for j in plan if j.stage == "final" and job in _sweeps(j, plan))
+    return any(j.stage == "final" and j.seed == job.seed and _like(j) == _like(job) for j in plan)
 
 
 def _clear(job: Job, plan: list[Job], store: Store) -> None:
@@ -176,8 +176,12 @@ def _work(store: Store, job: Job) -> Path:
 
 
 def _sweeps(job: Job, plan: list[Job]) -> list[Job]:
-    wanted = (job.tasks, job.train_tasks, job.method.name)
-    return [j for j in plan if j.stage == "sweep" and (j.tasks, j.train_tasks, j.method.name) == wanted]
+    return [j for j in plan if j.stage == "sweep" and _like(j) == _like(job)]
+
+
+def _like(job: Job) -> tuple[tuple[str, ...], tuple[str, ...], str]:
+    """What the runs that share a sweep have in common."""
+    return job.tasks, job.train_tasks, job.method.name
 
 
 def _ready(job: Job, plan: list[Job], store: Store) -> bool:
