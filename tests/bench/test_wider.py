@@ -44,9 +44,7 @@ def test_the_same_run_is_of_the_same_rate_seed_and_settings() -> None:
     assert same_run(spec, 1e-2, [kept]) is None
 
 
-def test_a_grid_widened_in_place_trains_what_is_new_alone(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_grid_widened_in_place_trains_what_is_new_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, encoder = str(tiny_data(tmp_path / "data")), str(tiny_encoder(tmp_path / "encoder"))
     trained: list[tuple[str, int, float]] = []
     run_job = runner.run_job
