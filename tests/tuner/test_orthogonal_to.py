@@ -118,6 +118,17 @@ def test_of_any_kind_and_rank(kinds: tuple[str, str], ranks: tuple[int, int], sh
                     assert (a @ b.mT).abs().max() <= 1e-12 * (a.norm() * b.norm()).clamp(min=1)
 
 
+@pytest.mark.parametrize("kind", ["loreft", "noreft", "direft", "nodireft"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_kind_trains_apart(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """The sites' W lie in one piece of memory, so that putting one right had forbidden the backward of another."""
+    model = with_tone(trained(tmp_path, dtype), intervention=kind)
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if ".tone." in n}
+    trainer(model, tmp_path, max_steps=4, learning_rate=0.1).train()
+    assert all(not torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
+    assert_apart(model, dtype)
+
+
 def test_together_they_do_at_a_site_what_each_does_alone(tmp_path: Path) -> None:
     """One layer, one term: h + Δstyle(h) + Δtone(h), in either order."""
     model = trained(tmp_path, torch.float64, layers=[2], positions="l1")
