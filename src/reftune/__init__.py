@@ -40,6 +40,7 @@ from .tuner import ReftModel as ReftModel
 from .tuner.apart import load_on_lora as load_on_lora
 from .tuner.apart import save_lora as save_lora
 from .tuner.apart import save_reft as save_reft
+from .tuner.starting import initialize_reft_weights as initialize_reft_weights
 
 __version__ = "0.1.0"
 _install()  # PeftModel.save_pretrained of a ReFT adapter becomes atomic, with our card

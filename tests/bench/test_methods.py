@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.bench.places import tiny_encoder
+from tests.bench.places import tiny_causal, tiny_data, tiny_encoder
 from tests.conftest import tiny_llama
 from tests.tiny_chat import tiny_tokenizer
 
+import reftune
+from reftune.bench import jobs, load_grid, run_grid
 from reftune.bench.grid import BudgetSection
 from reftune.bench.methods import METHODS, PEFT_KINDS, REFT_KINDS, attach, resolve
 from reftune.bench.models import ENCODER, encoder_source, head_modules, load_classifier
@@ -250,3 +252,42 @@ def test_the_bundled_encoder_is_found() -> None:
     model, tokenizer = load_classifier(ENCODER, labels=2, seed=0)
     assert (model.config.hidden_size, model.config.num_hidden_layers) == (384, 6)
     assert tokenizer("good", "bad")["token_type_ids"] == [0, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("suite", ["glue", "instruct"])
+def test_init_rows_start_nodireft_and_name_a_run_of_their_own(
+    suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = str(tiny_data(tmp_path / "data"))
+    made = tiny_encoder(tmp_path / "base") if suite == "glue" else tiny_causal(tmp_path / "base")
+    content: dict[str, Any] = {"suite": suite, "tasks": ["rte" if suite == "glue" else "alpaca"], "model": str(made)}
+    plain = {"name": "a", "method": "nodireft", "r": 2, "positions": "all", "layers": "all", "lrs": [1e-3]}
+    content |= {"seeds": [0], "train": {"steps": 2, "batch_size": 4}, "rows": {"train": 8, "select": 4, "test": 2}}
+    content |= {"methods": [plain, {**plain, "name": "b", "init_rows": 6}], "scoring": {"max_new_tokens": 2}}
+    calls: list[list[int]] = []
+    start = reftune.initialize_reft_weights
+
+    def counted(model: Any, batches: Any, *more: Any) -> None:
+        calls.append([len(batch["input_ids"]) for batch in batches])
+        start(model, batches, *more)
+        assert any(bool(m.b.any()) for m in model.modules() if isinstance(m, reftune.NodireftIntervention))
+
+    monkeypatch.setattr(reftune, "initialize_reft_weights", counted)
+    grid = load_grid(content)
+    assert run_grid(grid, tmp_path / "out", data=data, say=lambda _: None).failed == {}
+    assert calls == [[4, 2]]
+    one, other = (job.spec()["method"] for job in jobs(grid))
+    assert other == {**one, "name": "b", "init_rows": 6}  # a run without it is named as before there was such a key
+    assert "init_rows" not in one
+
+
+@pytest.mark.parametrize("rows", [-1, 2.5, True, "32"])
+def test_init_rows_that_are_none(rows: Any) -> None:
+    with pytest.raises(ValueError, match="init_rows of nodireft must be a number of training rows, such as 32"):
+        resolve({"method": "nodireft", "init_rows": rows}, "instruct", {})
+
+
+@pytest.mark.parametrize("method", ["loreft", "postblock", "lora", "full"])
+def test_init_rows_are_nodirefts(method: str) -> None:
+    with pytest.raises(ValueError, match=f"{method}: init_rows is NodiReFT's start, and {method} has none"):
+        resolve({"method": method, "init_rows": 8}, "instruct", {})

@@ -54,10 +54,14 @@ class Method:
     lrs: tuple[float, ...]
     options: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)  # overrides of the budget, such as a preset's warm-up
+    init_rows: int = 0  # NodiReFT: training rows by whose loss it starts (`initialize_reft_weights`); 0: at random
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for a row of results."""
-        return asdict(self) | {"lrs": list(self.lrs)}
+        plain = asdict(self) | {"lrs": list(self.lrs)}
+        if not self.init_rows:  # so that runs keep the names that they had before there was such a key
+            del plain["init_rows"]
+        return plain
 
 
 @dataclass(frozen=True)
@@ -85,11 +89,15 @@ def resolve(entry: str | Mapping[str, Any], suite: str, reft: Mapping[str, Any])
         hint = f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(known)}."
         raise ValueError(f"There is no method {method!r}.{hint}")
     name = str(given.pop("name", method))
-    lrs, train = given.pop("lrs", None), given.pop("train", {})
+    lrs, train, init_rows = given.pop("lrs", None), given.pop("train", {}), given.pop("init_rows", 0)
     if lrs is not None:
         lrs = rates(lrs, name)
     if not isinstance(train, Mapping):
         raise ValueError(f"train of {name} must be keys with values, such as {{epochs: 3}}, but is {train!r}.")
+    if not isinstance(init_rows, int) or isinstance(init_rows, bool) or init_rows < 0:
+        raise ValueError(f"init_rows of {name} must be a number of training rows, such as 32, but is {init_rows!r}.")
+    if init_rows and method != "nodireft":
+        raise ValueError(f"{name}: init_rows is NodiReFT's start, and {method} has none of this kind.")
     if is_reft(method) and method not in _OWN:
         options = _PAPER[suite] | dict(reft)
     else:
@@ -98,7 +106,7 @@ def resolve(entry: str | Mapping[str, Any], suite: str, reft: Mapping[str, Any])
             options["component"] = "mlp_output"  # as RED's authors; BERT has no module for it: the block's output
     if method in ("full", "probe", "base") and given:
         raise ValueError(f"{name}: {method} has no settings, but got {', '.join(given)}.")
-    return Method(name, method, _lrs(method, suite) if lrs is None else lrs, options | given, dict(train))
+    return Method(name, method, _lrs(method, suite) if lrs is None else lrs, options | given, dict(train), init_rows)
 
 
 def is_reft(method: Any) -> bool:

@@ -94,6 +94,11 @@ def train_method(
         return model.eval(), counts, NOTHING
     if job.stage == "final" and trained.is_kept(setup.work):
         return model, counts, trained.take(model, setup.work)
+    before = time.perf_counter(), time.process_time()
+    if job.method.init_rows:
+        chosen, size = rows[: job.method.init_rows], setup.train.batch_size
+        reftune.initialize_reft_weights(model, [collator(chosen[i : i + size]) for i in range(0, len(chosen), size)])
+    started = time.perf_counter() - before[0], time.process_time() - before[1]
     fitted = fit(
         model,
         rows,
@@ -105,6 +110,9 @@ def train_method(
         work=setup.work,
         kept=setup.kept,
         more_callbacks=callbacks,
+    )
+    fitted = dataclasses.replace(
+        fitted, seconds=fitted.seconds + started[0], cpu_seconds=fitted.cpu_seconds + started[1]
     )
     if setup.keep:
         trained.keep(model, fitted, setup.work)
