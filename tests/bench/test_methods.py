@@ -255,15 +255,16 @@ def test_the_bundled_encoder_is_found() -> None:
 
 
 @pytest.mark.parametrize("suite", ["glue", "instruct"])
-def test_init_rows_start_nodireft_and_name_a_run_of_their_own(
+def test_init_rows_start_a_method_and_name_a_run_of_their_own(
     suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = str(tiny_data(tmp_path / "data"))
     made = tiny_encoder(tmp_path / "base") if suite == "glue" else tiny_causal(tmp_path / "base")
     content: dict[str, Any] = {"suite": suite, "tasks": ["rte" if suite == "glue" else "alpaca"], "model": str(made)}
     plain = {"name": "a", "method": "nodireft", "r": 2, "positions": "all", "layers": "all", "lrs": [1e-3]}
+    lora = {"name": "c", "method": "lora", "r": 2, "lrs": [1e-3], "init_rows": 8}
     content |= {"seeds": [0], "train": {"steps": 2, "batch_size": 4}, "rows": {"train": 8, "select": 4, "test": 2}}
-    content |= {"methods": [plain, {**plain, "name": "b", "init_rows": 6}], "scoring": {"max_new_tokens": 2}}
+    content |= {"methods": [plain, {**plain, "name": "b", "init_rows": 6}, lora], "scoring": {"max_new_tokens": 2}}
     calls: list[list[int]] = []
     start = reftune.initialize_reft_weights
 
@@ -276,9 +277,21 @@ def test_init_rows_start_nodireft_and_name_a_run_of_their_own(
     grid = load_grid(content)
     assert run_grid(grid, tmp_path / "out", data=data, say=lambda _: None).failed == {}
     assert calls == [[4, 2]]
-    one, other = (job.spec()["method"] for job in jobs(grid))
+    one, other, _ = (job.spec()["method"] for job in jobs(grid))
     assert other == {**one, "name": "b", "init_rows": 6}  # a run without it is named as before there was such a key
     assert "init_rows" not in one
+
+
+def test_lora_started_by_rows_computes_what_the_base_does() -> None:
+    batch = {"input_ids": torch.tensor([[5, 6, 7, 8]]), "labels": torch.tensor([[5, 6, 7, 8]])}
+    base = tiny_llama()
+    expected = base(**batch).loss
+    method = resolve({"method": "lora", "r": 2, "init_rows": 1}, "instruct", {})
+    model, counts = attach(base, method, head=[], steps=10, batches=[batch])
+    assert all(bool(p.any()) for n, p in model.named_parameters() if ".lora_" in n)
+    assert counts == attach(tiny_llama(), resolve({"method": "lora", "r": 2}, "instruct", {}), head=[], steps=10)[1]
+    torch.testing.assert_close(model(**batch).loss, expected)
+    assert all(p.requires_grad == (".lora_" in n) for n, p in model.named_parameters())
 
 
 @pytest.mark.parametrize("rows", [-1, 2.5, True, "32"])
@@ -287,7 +300,9 @@ def test_init_rows_that_are_none(rows: Any) -> None:
         resolve({"method": "nodireft", "init_rows": rows}, "instruct", {})
 
 
-@pytest.mark.parametrize("method", ["loreft", "postblock", "lora", "full"])
+@pytest.mark.parametrize("method", ["loreft", "postblock", "dora", "full"])
 def test_init_rows_are_nodirefts(method: str) -> None:
-    with pytest.raises(ValueError, match=f"{method}: init_rows is NodiReFT's start, and {method} has none"):
+    with pytest.raises(
+        ValueError, match=f"{method}: init_rows is a start of NodiReFT's and LoRA's, and {method} has none"
+    ):
         resolve({"method": method, "init_rows": 8}, "instruct", {})

@@ -8,7 +8,8 @@ model, counts = attach(base, method, head=["classifier"], steps=100)
 """
 
 import difflib
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -54,7 +55,7 @@ class Method:
     lrs: tuple[float, ...]
     options: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)  # overrides of the budget, such as a preset's warm-up
-    init_rows: int = 0  # NodiReFT: training rows by whose loss it starts (`initialize_reft_weights`); 0: at random
+    init_rows: int = 0  # NodiReFT and LoRA: training rows by whose loss it starts (see `attach`); 0: at random
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for a row of results."""
@@ -96,8 +97,8 @@ def resolve(entry: str | Mapping[str, Any], suite: str, reft: Mapping[str, Any])
         raise ValueError(f"train of {name} must be keys with values, such as {{epochs: 3}}, but is {train!r}.")
     if not isinstance(init_rows, int) or isinstance(init_rows, bool) or init_rows < 0:
         raise ValueError(f"init_rows of {name} must be a number of training rows, such as 32, but is {init_rows!r}.")
-    if init_rows and method != "nodireft":
-        raise ValueError(f"{name}: init_rows is NodiReFT's start, and {method} has none of this kind.")
+    if init_rows and method not in ("nodireft", "lora"):
+        raise ValueError(f"{name}: init_rows is a start of NodiReFT's and LoRA's, and {method} has none of this kind.")
     if is_reft(method) and method not in _OWN:
         options = _PAPER[suite] | dict(reft)
     else:
@@ -136,7 +137,7 @@ def configuration(method: Method, *, head: list[str], steps: int) -> Any:
 
     Raises ValueError or TypeError for settings that these do not know or refuse.
     """
-    from peft import AdaLoraConfig, LoraConfig
+    from peft import AdaLoraConfig, LoraConfig, LoraGAConfig
 
     from reftune import ReftConfig
 
@@ -150,25 +151,40 @@ def configuration(method: Method, *, head: list[str], steps: int) -> Any:
     if method.method == "adalora":
         plan = {"total_step": steps, "tinit": steps // 10, "tfinal": steps // 3, "deltaT": max(1, steps // 50)}
         return AdaLoraConfig(**(plan | method.options), **shared)
+    if method.init_rows:
+        shared |= {"init_lora_weights": "lora_ga", "lora_ga_config": LoraGAConfig()}
     return LoraConfig(**method.options, **shared)
 
 
-def attach(model: Any, method: Method, *, head: list[str], steps: int) -> tuple[Any, Counts]:
+def attach(
+    model: Any, method: Method, *, head: list[str], steps: int, batches: Sequence[Mapping[str, Any]] = ()
+) -> tuple[Any, Counts]:
     """The model made ready to train by a method, and what is trained.
 
     Args:
         model: a base model, which is changed.
         head: modules of a classifier that every method trains too ([] for a causal model); counted apart.
         steps: optimiser steps of the run; AdaLoRA plans its ranks by them.
+        batches: the method's `init_rows`, from whose loss NodiReFT starts by `initialize_reft_weights` and LoRA by
+            PEFT's LoRA-GA (arXiv 2407.05000) with its defaults, which changes the base's weights.
     """
     from peft import get_peft_model
+    from peft.tuners.lora import preprocess_loraga
+    from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 
-    from reftune import get_reft_model
+    from reftune import get_reft_model, initialize_reft_weights
 
     config = configuration(method, head=head, steps=steps)
     if is_reft(method.method):
         model = get_reft_model(model, config)
+        if method.init_rows:
+            initialize_reft_weights(model, batches)
     elif method.method in PEFT_KINDS:
+        if method.init_rows:
+            config = _maybe_include_all_linear_layers(config, model)  # LoRA-GA does not know "all-linear"
+            with warnings.catch_warnings():  # of the hooks by which it counts, on layers that see no gradient
+                warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)
+                preprocess_loraga(model, config, lambda: [model(**batch).loss.backward() for batch in batches])
         model = get_peft_model(model, config)
     elif method.method == "full":
         model.requires_grad_(True)

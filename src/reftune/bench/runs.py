@@ -89,16 +89,13 @@ def train_method(
     setup.revision = getattr(model.config, "_commit_hash", None)
     steps = total_steps(len(rows), setup.train)
     set_seed(job.seed)  # so that what a method draws does not depend on what was drawn before
-    model, counts = attach(model, job.method, head=head, steps=steps)
+    before = time.perf_counter(), time.process_time()
+    model, counts = attach(model, job.method, head=head, steps=steps, batches=_first_rows(setup, rows, collator, model))
+    after = time.perf_counter(), time.process_time()
     if job.method.method == "base":
         return model.eval(), counts, NOTHING
     if job.stage == "final" and trained.is_kept(setup.work):
         return model, counts, trained.take(model, setup.work)
-    before = time.perf_counter(), time.process_time()
-    if job.method.init_rows:
-        chosen, size = rows[: job.method.init_rows], setup.train.batch_size
-        reftune.initialize_reft_weights(model, [collator(chosen[i : i + size]) for i in range(0, len(chosen), size)])
-    started = time.perf_counter() - before[0], time.process_time() - before[1]
     fitted = fit(
         model,
         rows,
@@ -111,12 +108,19 @@ def train_method(
         kept=setup.kept,
         more_callbacks=callbacks,
     )
-    fitted = dataclasses.replace(
-        fitted, seconds=fitted.seconds + started[0], cpu_seconds=fitted.cpu_seconds + started[1]
-    )
+    if job.method.init_rows:  # what its start takes is a part of training
+        seconds, cpu = fitted.seconds + after[0] - before[0], fitted.cpu_seconds + after[1] - before[1]
+        fitted = dataclasses.replace(fitted, seconds=seconds, cpu_seconds=cpu)
     if setup.keep:
         trained.keep(model, fitted, setup.work)
     return model, counts, fitted
+
+
+def _first_rows(setup: Setup, rows: list[Any], collator: Any, model: Any) -> list[dict[str, Any]]:
+    """The training rows that a method starts by, in batches on the model's device."""
+    count, size = setup.job.method.init_rows, setup.train.batch_size
+    parts = [rows[:count][start : start + size] for start in range(0, min(count, len(rows)), size)]
+    return [{name: value.to(model.device) for name, value in collator(part).items()} for part in parts]
 
 
 def _row(
