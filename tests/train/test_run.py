@@ -52,6 +52,39 @@ def test_train_leaves_an_adapter_a_recipe_and_nothing_of_the_base(keys: dict[str
     assert re.search(r"in \S*out \([\d.]+ kB\).*reftune chat --adapter \S*out$", last_line(result))
 
 
+def test_nodireft_starts_by_the_loss_of_some_examples(keys: dict[str, Any], tmp_path: Path) -> None:
+    keys |= {"intervention": "nodireft", "positions": "all", "lr": 0.0, "max_steps": 1}
+    said: list[Any] = []
+    weights = {}
+    for rows in (0, 4, 99):
+        train(load_recipe(None, keys | {"init_rows": rows, "output_dir": str(tmp_path / str(rows))}), say=said.append)
+        weights[rows] = _weights(tmp_path / str(rows))
+        assert not any(bool(value.any()) for name, value in weights[rows].items() if name.endswith(".R"))
+        assert any(bool(value.any()) for name, value in weights[rows].items() if name.endswith(".b")) == (rows > 0)
+    name = next(name for name in weights[0] if name.endswith(".W"))
+    assert not torch.equal(weights[4][name], weights[0][name])
+    assert not torch.equal(weights[4][name], weights[99][name])
+    assert [text for text in said if "starts from" in str(text)] == [
+        "What is read starts from the loss of 4 examples.",
+        "What is read starts from the loss of 6 examples.",
+    ]
+    with pytest.raises(RecipeError, match="must be a number of examples, such as 32, but is -1"):
+        train(load_recipe(None, keys | {"init_rows": -1, "overwrite": True}))
+    with pytest.raises(RecipeError, match=r"a start of reft.intervention \"nodireft\", not of 'loreft'"):
+        train(load_recipe(None, keys | {"init_rows": 4, "intervention": "loreft", "overwrite": True}))
+
+
+def test_a_run_with_such_a_start_is_resumed_exactly(keys: dict[str, Any], tmp_path: Path) -> None:
+    keys |= {"intervention": "nodireft", "positions": "all", "init_rows": 4, "save": "steps", "save_steps": 2}
+    train(load_recipe(None, keys | {"max_steps": 4}), say=lambda _: None)
+    whole = _weights(tmp_path / "out")
+    (tmp_path / "out" / "checkpoint-4").rename(tmp_path / "gone")
+    said: list[Any] = []
+    train(load_recipe(None, keys | {"max_steps": 4, "resume": True}), say=said.append)
+    assert not any("starts from" in str(text) for text in said)
+    assert all(torch.equal(value, whole[name]) for name, value in _weights(tmp_path / "out").items())
+
+
 def test_the_first_step_shows_which_tokens_are_edited(keys: dict[str, Any], capsys: Any) -> None:
     train(load_recipe(None, keys | {"layers": "all", "max_steps": 1, "template": "plain"}))
     shown = capsys.readouterr().out

@@ -78,6 +78,7 @@ class TrainSection:
     max_grad_norm: float = _key(1.0, "Gradients are clipped to this norm.")
     label_smoothing: float = _key(0.0, "Label smoothing of the loss.")
     seed: int = _key(42, "Seed of the edit's start, of dropout and of the order of the examples.")
+    init_rows: int = _key(0, "Examples by whose loss NodiReFT's reads start; docs/family.md. 0: at random.")
     bf16: bool = _key(False, "Autocast to bfloat16.")
     gradient_checkpointing: bool = _key(False, "Recompute activations in the backward pass to save memory.")
     logging_steps: int = _key(10, "Show the loss every so many steps.")
