@@ -80,3 +80,16 @@ def test_packing_keeps_the_numbers_in_one_block_and_can_be_trained_on() -> None:
         module(H.to(module.R.dtype)).square().sum().backward()
         torch.optim.SGD(module.parameters(), lr=0.1).step()
         assert not torch.equal(module.W, before["W"])
+
+
+def test_packed_weights_count_their_changes_apart() -> None:
+    """Autograd and what interventions remember of R go by these counts: another site's change is none of theirs."""
+    modules = [LoreftIntervention(16, 2, init_weights=False) for _ in range(2)]
+    pack(modules)
+    modules[1].eval()
+    modules[1](H)
+    before = modules[1].R._version
+    with torch.no_grad():
+        modules[0].R.mul_(2)
+    assert modules[1].R._version == before
+    assert modules[0].R.untyped_storage().data_ptr() == modules[1].R.untyped_storage().data_ptr()

@@ -15,6 +15,7 @@ from conftest import tiny_llama
 from integration.tiny_training import losses, trainer
 from reftune import ReftConfig, get_reft_model
 from reftune.interventions import orthonormality_error
+from reftune.interventions.rows import LowRankIntervention
 from reftune.tuner import ReftLayer
 
 IDS = torch.tensor([[5, 6, 7, 8, 9], [9, 8, 7, 6, 5]])
@@ -127,6 +128,39 @@ def test_every_kind_trains_apart(kind: str, dtype: torch.dtype, tmp_path: Path) 
     trainer(model, tmp_path, max_steps=4, learning_rate=0.1).train()
     assert all(not torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
     assert_apart(model, dtype)
+
+
+@pytest.mark.parametrize("kind", ["loreft", "noreft", "direft", "nodireft"])
+@pytest.mark.parametrize("frozen", ["stack", "subspaces"])
+def test_every_kind_trains_apart_beside_a_frozen_part(kind: str, frozen: str, tmp_path: Path) -> None:
+    parts: dict[str, Any] = {"stack": [1, 1]} if frozen == "stack" else {"subspaces": {"a": 1, "b": 1}}
+    model = with_tone(trained(tmp_path), intervention=kind, init_weights=False, **parts)
+    model.train_only(**({"stage": 0} if frozen == "stack" else {"subspaces": "a"}))
+    learned = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    trainer(model, tmp_path, max_steps=4, learning_rate=0.1).train()
+    assert all(not torch.equal(p, learned[n]) for n, p in model.named_parameters() if n in learned)
+    logits(model)
+    for layer in layers(model):
+        for new, old in zip(layer.interventions("tone"), layer.interventions("style"), strict=True):
+            (writes, reads), (their_writes, their_reads) = new.directions(), old.directions()
+            for a, b in ((writes, their_writes), (writes, their_reads), (reads, their_writes)):
+                assert (a @ b.mT).abs().max() <= 1e-5 * (a.norm() * b.norm()).clamp(min=1)
+
+
+def test_rows_are_put_right_once_for_inference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = with_tone(trained(tmp_path))
+    calls: list[Any] = []
+    put = LowRankIntervention.put_right_
+    monkeypatch.setattr(LowRankIntervention, "put_right_", lambda self, *args: (calls.append(self), put(self, *args)))
+    logits(model)
+    once = len(calls)
+    assert once == 4
+    logits(model)  # eval() forgets them: they may have been written through `.data`
+    calls.clear()
+    with torch.no_grad():
+        for _ in range(3):
+            model(IDS)
+    assert not calls
 
 
 def test_together_they_do_at_a_site_what_each_does_alone(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def pack(modules: Sequence[nn.Module]) -> None:
         block = torch.cat([parameter.detach().reshape(-1) for _, _, parameter in members])
         start = 0
         for module, name, weight in members:
-            view = block[start : start + weight.numel()].view(weight.shape)
+            view = block[start : start + weight.numel()].view(weight.shape).data  # with a count of changes of its own
             module._parameters[name] = nn.Parameter(view, requires_grad=False)
             start += weight.numel()
     for top in modules:
