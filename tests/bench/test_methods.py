@@ -1,5 +1,6 @@
 """Methods: what each trains, the counts of the paper's presets, and one data order for all."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from reftune.bench.grid import BudgetSection
 from reftune.bench.methods import METHODS, PEFT_KINDS, REFT_KINDS, attach, resolve
 from reftune.bench.models import ENCODER, encoder_source, head_modules, load_classifier
 from reftune.bench.shapes import SHAPES, count_preset, meta_model
+from reftune.bench.store import read_rows
 from reftune.bench.training import fit, total_steps
 from reftune.data import ReftDataCollator
 from reftune.interventions import INTERVENTIONS, Intervention
@@ -292,6 +294,32 @@ def test_lora_started_by_rows_computes_what_the_base_does() -> None:
     assert counts == attach(tiny_llama(), resolve({"method": "lora", "r": 2}, "instruct", {}), head=[], steps=10)[1]
     torch.testing.assert_close(model(**batch).loss, expected)
     assert all(p.requires_grad == (".lora_" in n) for n, p in model.named_parameters())
+
+
+def test_what_a_start_takes_is_a_part_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = str(tiny_data(tmp_path / "data"))
+    one = {"method": "nodireft", "r": 2, "positions": "all", "layers": "all", "lrs": [1e-3], "init_rows": 4}
+    content: dict[str, Any] = {"suite": "glue", "tasks": ["rte"], "model": str(tiny_encoder(tmp_path / "base"))}
+    content |= {"methods": [one], "seeds": [0], "train": {"steps": 1}, "rows": {"train": 8, "select": 4, "test": 2}}
+    start = reftune.initialize_reft_weights
+
+    def slow(*args: Any) -> None:
+        start(*args)
+        time.sleep(1.5)
+
+    monkeypatch.setattr(reftune, "initialize_reft_weights", slow)
+    assert run_grid(load_grid(content), tmp_path / "out", data=data, say=lambda _: None).failed == {}
+    (row,) = read_rows(tmp_path / "out")
+    assert row["seconds"]["train"] > 1.5
+    assert row["seconds"]["train_cpu"] < row["seconds"]["train"]
+
+
+@pytest.mark.parametrize(
+    "more", [{"stack": [1, 1]}, {"init_weights": False}, {"method": "lora", "init_lora_weights": "pissa"}]
+)
+def test_init_rows_go_with_no_other_start(more: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"is a start of its own, which {list(more)[-1]} does not go with"):
+        resolve({"method": "nodireft", "init_rows": 8, **more}, "instruct", {})
 
 
 @pytest.mark.parametrize("rows", [-1, 2.5, True, "32"])

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from tests.tiny_chat import save_tiny
 
+import reftune
 from reftune.models import load_adapted
 from reftune.train import RecipeError, load_recipe, train
 from reftune.train.run import last_line, size_words
@@ -72,6 +73,27 @@ def test_nodireft_starts_by_the_loss_of_some_examples(keys: dict[str, Any], tmp_
         train(load_recipe(None, keys | {"init_rows": -1, "overwrite": True}))
     with pytest.raises(RecipeError, match=r"a start of reft.intervention \"nodireft\", not of 'loreft'"):
         train(load_recipe(None, keys | {"init_rows": 4, "intervention": "loreft", "overwrite": True}))
+
+
+def test_the_start_is_made_as_the_steps_are(keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the run's gradient checkpointing, which Trainer switches on late."""
+    seen: list[bool] = []
+    start = reftune.initialize_reft_weights
+
+    def watched(model: Any, batches: Any) -> None:
+        block = model.get_base_model().model.layers[0]
+        seen.append(bool(block.gradient_checkpointing))
+        start(model, batches)
+
+    monkeypatch.setattr(reftune, "initialize_reft_weights", watched)
+    keys |= {"intervention": "nodireft", "positions": "all", "max_steps": 1, "init_rows": 4}
+    for checkpointing in (False, True):
+        train(
+            load_recipe(None, keys | {"gradient_checkpointing": checkpointing, "overwrite": True}), say=lambda _: None
+        )
+    assert seen == [False, True]
+    with pytest.raises(RecipeError, match=r"starts at an edit of zero, which reft.init_weights: false does not"):
+        train(load_recipe(None, keys | {"init_weights": False, "overwrite": True}))
 
 
 def test_a_run_with_such_a_start_is_resumed_exactly(keys: dict[str, Any], tmp_path: Path) -> None:

@@ -95,10 +95,14 @@ def test_nothing_but_the_reads_changes(options: dict[str, Any]) -> None:
     gradient = torch.ones_like(edits(model)[0].R)
     edits(model)[0].R.grad = gradient
     others = {n: p.detach().clone() for n, p in model.named_parameters() if not n.endswith((".W", ".b"))}
+    for block in model.get_base_model().model.layers:
+        block.self_attn.attention_dropout = 0.1  # draws random numbers
     state = torch.get_rng_state()
     before = reads(model)
     initialize_reft_weights(model, BATCHES)
     assert torch.equal(torch.get_rng_state(), state)
+    for block in model.get_base_model().model.layers:
+        block.self_attn.attention_dropout = 0.0
     assert [module.training for module in model.modules()] == modes
     assert edits(model)[0].R.grad is gradient
     assert bool((gradient == 1).all())
@@ -114,6 +118,14 @@ def test_nothing_but_the_reads_changes(options: dict[str, Any]) -> None:
 
 
 def test_padding_and_batching_do_not_matter() -> None:
+    together = {name: torch.cat([inputs[name] for inputs in BATCHES]) for name in BATCHES[0]}
+    uneven = [{name: value[part] for name, value in together.items()} for part in (slice(0, 15), slice(15, 16))]
+    models = [nodireft() for _ in range(2)]
+    for model, batches in zip(models, (BATCHES, uneven), strict=True):
+        initialize_reft_weights(model, batches)
+    for one, other in zip(*map(reads, models), strict=True):
+        assert same_directions(one, other, atol=1e-2)
+
     left = []
     for inputs in BATCHES:
         turned = {name: value.clone() for name, value in inputs.items()}
@@ -135,7 +147,10 @@ def test_with_gradient_checkpointing(reentrant: bool) -> None:
     enable({"use_reentrant": reentrant})
     saving.enable_input_require_grads()
     initialize_reft_weights(plain, BATCHES)
+    runs: list[bool] = []
+    saving.get_base_model().model.layers[1].mlp.register_forward_pre_hook(lambda *_: runs.append(True))
     initialize_reft_weights(saving, BATCHES)
+    assert len(runs) == 2 * 2 * len(BATCHES)  # twice through, and each time again for the backward
     for one, other in zip(reads(plain), reads(saving), strict=True):
         torch.testing.assert_close(one, other)
 
@@ -170,12 +185,47 @@ def test_a_site_that_sees_one_state_only_stays_random() -> None:
     torch.testing.assert_close(reads(model), before, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("bias", ["none", "frozen"])
-def test_other_biases(bias: str) -> None:
-    model = nodireft(bias=bias)
-    initialize_reft_weights(model, BATCHES)
-    for one in edits(model):
-        assert (one.b is None) if bias == "none" else bool(one.b.any())  # type: ignore[union-attr]
+@pytest.mark.parametrize("bias", ["none", "frozen", "learned"])
+def test_what_is_read_is_as_large_as_at_random_with_any_bias(bias: str) -> None:
+    model = nodireft(bias=bias, component="block_input", hidden=32)
+    embeddings = model.get_input_embeddings().weight
+    embeddings.data += embeddings.std() * 3 * torch.randn(32)  # states that lie on one side
+    sizes = []
+    for started in (False, True):
+        if started:
+            initialize_reft_weights(model, BATCHES)
+        seen: list[Tensor] = []
+        (one, *_) = edits(model)
+        handle = one.register_forward_hook(lambda module, args, output, to=seen: to.append(args[0]))
+        with torch.no_grad():
+            for inputs in BATCHES:
+                model(**inputs)
+        handle.remove()
+        h = torch.cat(seen)
+        read = h @ one.W.mT if one.b is None else h @ one.W.mT + one.b
+        sizes.append(read.square().mean(0).sqrt().detach())
+        if started:
+            assert (one.b is None) == (bias == "none")
+            centred = bool((read.mean(0).abs() < 1e-3 * sizes[1]).all())
+            assert centred == (bias != "none")
+    torch.testing.assert_close(sizes[1], sizes[0].square().mean().sqrt().expand(2), rtol=1e-2, atol=0)
+
+
+def test_one_huge_token_does_not_take_all_reads() -> None:
+    """A language model's first token may be 100 times as large as the others."""
+    plain, huge = nodireft(), nodireft()
+    for one in (plain, huge):
+        one.get_input_embeddings().weight.data[97] *= 1000  # no batch but the second model's has it
+        one.get_base_model().model.layers[0].post_attention_layernorm.weight.data.zero_()
+    marked = [{**inputs, "input_ids": inputs["input_ids"].index_fill(1, torch.tensor([0]), 97)} for inputs in BATCHES]
+    initialize_reft_weights(plain, BATCHES)
+    initialize_reft_weights(huge, marked)
+    token = torch.nn.functional.normalize(huge.get_input_embeddings().weight[97], dim=0)
+    for one, other in zip(edits(plain), edits(huge), strict=True):
+        size = one.W.detach().norm()
+        assert 0.5 * size < other.W.detach().norm() < 2 * size
+        along = (other.W.detach() @ token).abs() / other.W.detach().norm(dim=1)
+        assert bool((along < 0.7).all())
 
 
 def test_it_keeps_out_of_what_other_adapters_write() -> None:
@@ -183,12 +233,18 @@ def test_it_keeps_out_of_what_other_adapters_write() -> None:
     model.add_adapter(
         "tone", ReftConfig(intervention="nodireft", r=2, layers="all", positions="all", orthogonal_to=["default"])
     )
-    model.set_adapter("tone")
+    with torch.no_grad():
+        for one in edits(model):
+            if bool(one.R.any()):
+                one.R.mul_(50)  # the other adapter is most of what there is to see
+    model.set_adapter(["default", "tone"])
+    before = {id(one): one.W.detach().norm() for one in edits(model)}
     initialize_reft_weights(model, BATCHES, adapter_name="tone")
     for layer in (m for m in model.modules() if isinstance(m, reftune.tuner.ReftLayer)):
         (old,), (new,) = layer.interventions("default"), layer.interventions("tone")
         w, r = new.W.detach(), old.R.detach()
         assert float((w @ r.mT).abs().max()) < 1e-5 * float(w.norm() * r.norm())
+        assert w.norm() > 0.2 * before[id(new)]
 
 
 def test_bad_input() -> None:
@@ -208,13 +264,29 @@ def test_bad_input() -> None:
             initialize_reft_weights(model, batches)
     torch.testing.assert_close(reads(model), before, rtol=0, atol=0)
     assert not any(one._forward_hooks for one in edits(model))
+    model.disable_adapter_layers()
+    with pytest.raises(ValueError, match=r"adapters are disabled: call model.enable_adapter_layers\(\) first"):
+        initialize_reft_weights(model, BATCHES)
+    model.enable_adapter_layers()
     model.add_adapter("tone", ReftConfig(intervention="nodireft", layers="all"))
-    with pytest.raises(ValueError, match=r"'tone' is not active: model.set_adapter\('tone'\) first"):
+    with pytest.raises(ValueError, match=r"'tone' is not active: call model.set_adapter\('tone'\) first"):
         initialize_reft_weights(model, BATCHES, adapter_name="tone")
     with pytest.raises(ValueError, match="writes something already"):
         initialize_reft_weights(nodireft(init_weights=False), BATCHES)
     with pytest.raises(ValueError, match="LoreftIntervention has no start of this kind"):
         initialize_reft_weights(nodireft(intervention="loreft"), BATCHES)
+    with pytest.raises(ValueError, match=r'StackIntervention has no start of this kind.*"nodireft" without stack'):
+        initialize_reft_weights(nodireft(stack=[1, 1]), BATCHES)
+    overflowing = nodireft()
+    before = reads(overflowing)
+    edits(overflowing)[1].register_forward_hook(lambda module, args, out: out + (out * 0).sqrt() * 0)
+    with pytest.raises(ValueError, match="finite and its gradient is not"):
+        initialize_reft_weights(overflowing, BATCHES)
+    torch.testing.assert_close(reads(overflowing), before, rtol=0, atol=0)
+    composed = nodireft()
+    composed.add_adapter("tone", ReftConfig(intervention="nodireft", layers="all", positions="all"))
+    with reftune.strength(composed, {"default": 0.5}), pytest.raises(ValueError, match="are composed here"):
+        initialize_reft_weights(composed, BATCHES)
     frozen = nodireft()
     frozen.requires_grad_(False)
     with pytest.raises(ValueError, match="frozen, so they are not set anew"):

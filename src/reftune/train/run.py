@@ -22,6 +22,7 @@ from reftune.train.progress import ProgressCallback, first_step_table
 from reftune.train.recipe import Recipe
 from reftune.train.recipe_file import RecipeError, save_recipe
 from reftune.train.resuming import last_whole_checkpoint, steps_done
+from reftune.train.starting import StartByRows, check_start
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,7 @@ def train(
         raise RecipeError("The recipe names no data: set data.train to a JSONL, CSV or Parquet file, or a hub id.")
     if recipe.train.head_lr is not None and not recipe.reft.modules_to_save:
         raise RecipeError("train.head_lr is the rate of reft.modules_to_save, which names none.")
-    if recipe.train.init_rows < 0:
-        raise RecipeError(f"train.init_rows must be a number of examples, such as 32, but is {recipe.train.init_rows}.")
-    if recipe.train.init_rows and recipe.reft.intervention != "nodireft":
-        raise RecipeError(
-            f'train.init_rows is a start of reft.intervention "nodireft", not of {recipe.reft.intervention!r}.'
-        )
+    check_start(recipe)
     config = reft_config(recipe)  # before the slow steps: a wrong field is said at once
 
     base, tokenizer = loaded or load_model(recipe.model.name, dtype=recipe.model.dtype)
@@ -96,11 +92,11 @@ def train(
         reuse_dir=recipe.train.reuse_dir,
         say=say,
     )
+    if recipe.train.init_rows:
+        trainer.add_callback(StartByRows(rows.rows[: recipe.train.init_rows], trainer, say))
     _quiet(trainer)
     save_recipe(recipe, output_dir / "recipe.yaml")
     with _no_cache(base):
-        if recipe.train.init_rows and checkpoint is None:
-            _start(model, rows.rows[: recipe.train.init_rows], trainer, say)
         if checkpoint and recipe.train.max_steps and (steps_done(checkpoint) or 0) >= recipe.train.max_steps:
             say(f"Its {recipe.train.max_steps} steps are done: nothing is left to train.")  # Trainer would do one more
             loss = _load(model, checkpoint)
@@ -179,16 +175,6 @@ def last_line(result: TrainResult) -> str:
 def _rows(recipe: Recipe, template: PromptTemplate, source: str, split: str) -> TokenizedRows:
     examples = read_examples(source, split=split, limit=recipe.data.limit)
     return tokenize(examples, template, max_length=recipe.data.max_length, columns=recipe.data.columns)
-
-
-def _start(model: Any, rows: list[Any], trainer: Any, say: Callable[[Any], None]) -> None:
-    """The reads from the loss over the first examples: the same in every process."""
-    from reftune import initialize_reft_weights
-
-    size = trainer.args.per_device_train_batch_size
-    batches = [trainer.data_collator(rows[start : start + size]) for start in range(0, len(rows), size)]
-    initialize_reft_weights(model, batches)
-    say(f"What is read starts from the loss of {len(rows)} examples.")
 
 
 def _counted(rows: TokenizedRows, source: str) -> str:

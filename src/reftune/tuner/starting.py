@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..interventions import Intervention, NodireftIntervention
+from ..interventions import NodireftIntervention
 from ..interventions.reads import Reads
 from .session import ATTRIBUTE, Session
 
@@ -23,8 +23,9 @@ def initialize_reft_weights(model: Any, dataloader: Iterable[Mapping[str, Any]],
     """Set W and b of an untrained NodiReFT adapter from the loss's gradient over a few batches, in place.
 
     W's rows become the r main directions in which the hidden states of a site move together with the gradient, scaled
-    to read as much as the random ones did, and b = −W·(their mean); R stays 0. Costs two training steps a batch; some
-    32 rows do. In a run of several processes call it before the model is wrapped, with the same batches in each.
+    to read as much as the random ones did, and b = −W·(their mean); R stays 0. A site whose states do not move keeps
+    its random rows. Costs two training steps a batch; some 32 rows do. In a run of several processes call it before
+    the model is wrapped, with the same batches in each.
 
     Args:
         model: a `PeftModel` (or the tuner) whose active adapters include `adapter_name`.
@@ -32,19 +33,22 @@ def initialize_reft_weights(model: Any, dataloader: Iterable[Mapping[str, Any]],
 
     Raises:
         ValueError: the adapter is not there or not active, is of another kind, has learned already (R ≠ 0), is not
-            trainable, or the batches give no finite loss, reach none of its tokens, or end after one pass.
+            trainable, or the batches give no finite loss, reach none of its tokens, or end after one pass. Then
+            nothing has changed.
     """
-    reads = {one: Reads(one.W) for one in _interventions(model, adapter_name)}
+    reads = {one: Reads(one.W, one.b is not None, one.others_write) for one in _interventions(model, adapter_name)}
     learned = [p for p in model.parameters() if p.requires_grad]
     gradients = [p.grad for p in learned]
     modes = {module: module.training for module in model.modules()}
     handles = [one.register_forward_hook(partial(_watch, sums)) for one, sums in reads.items()]
-    devices = [p.device for p in learned[:1] if p.device.type != "cpu"]
     try:
         for parameter in learned:
             parameter.grad = None  # so that nothing is added to what was there
         model.train()  # as training does it: gradient checkpointing, where it is on
-        with torch.random.fork_rng(devices, device_type=devices[0].type if devices else "cuda"):
+        for module in modes:
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):  # which would remember what it has seen
+                module.eval()
+        with _same_random_numbers(model):
             seen = _backward(model, dataloader)
             for sums in reads.values():
                 sums.turn()
@@ -63,8 +67,13 @@ def initialize_reft_weights(model: Any, dataloader: Iterable[Mapping[str, Any]],
         )
     if not any(sums.count for sums in reads.values()):
         raise ValueError(f"The adapter {adapter_name!r} edits no token of these batches, so they say nothing of it.")
-    for one, sums in reads.items():
-        _put(one, *sums.start())
+    if not all(bool(sums.product.isfinite().all()) for sums in reads.values()):
+        raise ValueError(
+            "The loss over these batches is finite and its gradient is not: look for what overflows, in a float16 "
+            "base most likely."
+        )
+    for one, (w, mean) in [(one, sums.start()) for one, sums in reads.items()]:
+        _put(one, w, mean)
 
 
 def _interventions(model: Any, adapter_name: str) -> list[NodireftIntervention]:
@@ -72,14 +81,19 @@ def _interventions(model: Any, adapter_name: str) -> list[NodireftIntervention]:
     if not isinstance(session, Session) or adapter_name not in session.interventions:
         known = ", ".join(map(repr, session.interventions)) if isinstance(session, Session) else ""
         raise ValueError(f"There is no ReFT adapter {adapter_name!r} in this model. Its adapters: {known or 'none'}.")
-    if adapter_name not in session.names or not session.enabled:
-        raise ValueError(f"The adapter {adapter_name!r} is not active: model.set_adapter({adapter_name!r}) first.")
+    if not session.enabled:
+        raise ValueError("The model's adapters are disabled: call model.enable_adapter_layers() first.")
+    if adapter_name not in session.names:
+        raise ValueError(f"The adapter {adapter_name!r} is not active: call model.set_adapter({adapter_name!r}) first.")
+    if (session.state.mix or session.mix) is not None:
+        raise ValueError("Adapters are composed here. Leave the composition, then choose where one of them reads.")
     found: list[NodireftIntervention] = []
     for one in session.interventions[adapter_name]:
         if not isinstance(one, NodireftIntervention):
             raise ValueError(
-                f"{type(one).__name__} has no start of this kind, which is NodiReFT's: it writes nothing at first, so "
-                'what it reads can be chosen freely. Take intervention="nodireft", or leave its own start.'
+                f"{type(one).__name__} has no start of this kind, which is plain NodiReFT's: it writes nothing at "
+                'first, so what it reads can be chosen freely. Take intervention="nodireft" without stack and '
+                "subspaces, or leave its own start."
             )
         if one.W.is_meta or not one.W.requires_grad:
             raise ValueError(
@@ -98,14 +112,19 @@ def _interventions(model: Any, adapter_name: str) -> list[NodireftIntervention]:
 def _watch(sums: Reads, module: nn.Module, args: tuple[Any, ...], edited: Tensor) -> None:
     """A forward hook: the states and their gradient are added when the backward pass reaches them."""
     h = args[0].detach()
+
+    def add(g: Tensor) -> None:
+        with torch.autocast(h.device.type, enabled=False):
+            sums.add(h.reshape(-1, h.shape[-1]), g.reshape(-1, g.shape[-1]))
+
     if edited.requires_grad:
-        edited.register_hook(lambda g: sums.add(h.reshape(-1, h.shape[-1]), g.reshape(-1, g.shape[-1])))
+        edited.register_hook(add)
 
 
 def _backward(model: Any, batches: Iterable[Mapping[str, Any]]) -> int:
-    """One pass over the batches, forward and backward; how many there were."""
+    """One pass over the batches, forward and backward, every label weighing alike; how many batches there were."""
     count = 0
-    device = next(model.parameters()).device
+    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     for batch in batches:
         inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
         with torch.enable_grad():
@@ -114,14 +133,22 @@ def _backward(model: Any, batches: Iterable[Mapping[str, Any]]) -> int:
             if loss is None or not bool(torch.isfinite(loss)):
                 what = "no loss (do they have labels?)" if loss is None else f"the loss {loss.item()}"
                 raise ValueError(f"Where to read is found by the loss's gradient, but the batches give {what}.")
-            loss.backward()
+            labels = inputs.get("labels")
+            weight = int((labels != -100).sum()) if isinstance(labels, Tensor) else 1
+            (loss * max(weight, 1)).backward()
         count += 1
     return count
 
 
+def _same_random_numbers(model: nn.Module) -> Any:
+    """What the passes draw (a base's dropout) is not missing afterwards, on any device of the model."""
+    devices = list({p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")})
+    return torch.random.fork_rng(devices, device_type=devices[0].type if devices else "cuda")
+
+
 @torch.no_grad()
-def _put(one: Intervention, w: Tensor, mean: Tensor) -> None:
+def _put(one: NodireftIntervention, w: Tensor, mean: Tensor) -> None:
     one.W.copy_(w)
-    one.put_source_right_()  # where W keeps out of other adapters
+    one.put_source_right_()  # to rounding: w keeps out of other adapters already
     if one.b is not None:
         one.b.copy_(-(one.W.float() @ mean))
