@@ -16,7 +16,7 @@ from torch import Tensor
 
 from conftest import tiny_llama
 from families import CAUSAL, tiny
-from reftune import ReftConfig, get_reft_model
+from reftune import ReftConfig, get_reft_model, initialize_reft_weights
 from reftune.interventions import orthonormality_error
 from reftune.train import ReftTrainer
 from reftune.train.reuse import store_near
@@ -186,3 +186,27 @@ def test_checkpointed_is_not_checkpointed() -> None:
         found.append(computed(model, batch))
     torch.testing.assert_close(found[0][0], found[1][0])
     torch.testing.assert_close(found[0][1], found[1][1], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+def test_a_start_from_the_data_is_the_cpus(autocast: bool) -> None:
+    """Batches on the CPU are taken there; the reads are the same, no random number is missing, nothing is written."""
+    started = []
+    for device in (HERE, torch.device("cpu")):
+        torch.manual_seed(2)
+        config = ReftConfig(intervention="nodireft", r=1, positions="all", layers="all", task_type="CAUSAL_LM")
+        model = get_reft_model(tiny_llama(), config).to(device)
+        dice = torch.Generator("cpu").manual_seed(1)
+        ids = [torch.randint(1, 98, (4, 16), generator=dice, device="cpu") for _ in range(2)]
+        torch.manual_seed(3)
+        expected = torch.rand(2, device=device)
+        torch.manual_seed(3)
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast and device == HERE):
+            initialize_reft_weights(model, [{"input_ids": rows, "labels": rows} for rows in ids])
+        assert torch.equal(torch.rand(2, device=device), expected)
+        assert all(not bool(p.any()) for n, p in model.named_parameters() if n.endswith("reft_all.default.R"))
+        started.append([p.detach().cpu() for n, p in model.named_parameters() if n.endswith("reft_all.default.W")])
+    assert len(started[0]) == 4
+    for here, there in zip(*started, strict=True):
+        along = torch.nn.functional.cosine_similarity(here, there).abs()
+        assert bool((along > (0.9 if autocast else 0.999)).all())
