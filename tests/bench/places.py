@@ -36,6 +36,15 @@ def write_rows(place: Path, **splits: list[dict[str, Any]]) -> None:
         (place / f"{name}.jsonl.gz").write_bytes(gzip.compress(text.encode()))
 
 
+def tiny_grid(root: Path, suite: str) -> tuple[str, dict[str, Any]]:
+    """Where the data are, and what grids of GLUE and of instructions over a tiny model have in common."""
+    glue = suite == "glue"
+    made = tiny_encoder(root / "base") if glue else tiny_causal(root / "base")
+    content = {"suite": suite, "tasks": ["rte" if glue else "alpaca"], "model": str(made)}
+    content |= {"scoring": {"max_new_tokens": 2}, "rows": {"train": 8, "select": 4, "test": 4}}
+    return str(tiny_data(root / "data")), content
+
+
 def tiny_data(root: Path) -> Path:
     """Every suite in small: rte and stsb, arc_easy and boolq, addsub and aqua, ultrafeedback and alpaca."""
     pairs = [{"sentence1": "abab"[i % 3 :], "sentence2": "ba" * (i % 2 + 1), "label": i % 2} for i in range(24)]

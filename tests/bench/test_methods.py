@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.bench.places import tiny_causal, tiny_data, tiny_encoder
+from tests.bench.places import tiny_encoder, tiny_grid
 from tests.conftest import tiny_llama
 from tests.tiny_chat import tiny_tokenizer
 
@@ -260,13 +260,11 @@ def test_the_bundled_encoder_is_found() -> None:
 def test_init_rows_start_a_method_and_name_a_run_of_their_own(
     suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = str(tiny_data(tmp_path / "data"))
-    made = tiny_encoder(tmp_path / "base") if suite == "glue" else tiny_causal(tmp_path / "base")
-    content: dict[str, Any] = {"suite": suite, "tasks": ["rte" if suite == "glue" else "alpaca"], "model": str(made)}
+    data, content = tiny_grid(tmp_path, suite)
     plain = {"name": "a", "method": "nodireft", "r": 2, "positions": "all", "layers": "all", "lrs": [1e-3]}
     lora = {"name": "c", "method": "lora", "r": 2, "lrs": [1e-3], "init_rows": 8}
-    content |= {"seeds": [0], "train": {"steps": 2, "batch_size": 4}, "rows": {"train": 8, "select": 4, "test": 2}}
-    content |= {"methods": [plain, {**plain, "name": "b", "init_rows": 6}, lora], "scoring": {"max_new_tokens": 2}}
+    content |= {"seeds": [0], "train": {"steps": 2, "batch_size": 4}}
+    content |= {"methods": [plain, {**plain, "name": "b", "init_rows": 6}, lora]}
     calls: list[list[int]] = []
     start = reftune.initialize_reft_weights
 
@@ -297,10 +295,9 @@ def test_lora_started_by_rows_computes_what_the_base_does() -> None:
 
 
 def test_what_a_start_takes_is_a_part_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = str(tiny_data(tmp_path / "data"))
+    data, content = tiny_grid(tmp_path, "glue")
     one = {"method": "nodireft", "r": 2, "positions": "all", "layers": "all", "lrs": [1e-3], "init_rows": 4}
-    content: dict[str, Any] = {"suite": "glue", "tasks": ["rte"], "model": str(tiny_encoder(tmp_path / "base"))}
-    content |= {"methods": [one], "seeds": [0], "train": {"steps": 1}, "rows": {"train": 8, "select": 4, "test": 2}}
+    content |= {"methods": [one], "seeds": [0], "train": {"steps": 1}}
     start = reftune.initialize_reft_weights
 
     def slow(*args: Any) -> None:
@@ -320,6 +317,9 @@ def test_what_a_start_takes_is_a_part_of_training(tmp_path: Path, monkeypatch: p
 def test_init_rows_go_with_no_other_start(more: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"is a start of its own, which {list(more)[-1]} does not go with"):
         resolve({"method": "nodireft", "init_rows": 8, **more}, "instruct", {})
+    if "stack" in more:  # of the whole grid
+        with pytest.raises(ValueError, match="which stack does not go with"):
+            resolve({"method": "nodireft", "init_rows": 8}, "instruct", more)
 
 
 @pytest.mark.parametrize("rows", [-1, 2.5, True, "32"])
@@ -329,7 +329,7 @@ def test_init_rows_that_are_none(rows: Any) -> None:
 
 
 @pytest.mark.parametrize("method", ["loreft", "postblock", "dora", "full"])
-def test_init_rows_are_nodirefts(method: str) -> None:
+def test_init_rows_are_nodirefts_and_loras(method: str) -> None:
     with pytest.raises(
         ValueError, match=f"{method}: init_rows is a start of NodiReFT's and LoRA's, and {method} has none"
     ):

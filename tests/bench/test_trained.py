@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.bench.places import tiny_causal, tiny_data, tiny_encoder
+from tests.bench.places import tiny_data, tiny_encoder, tiny_grid
 
+import reftune
 from reftune.bench import jobs, load_grid, run_grid, runner, runs
 from reftune.bench.store import read_rows
 from reftune.bench.trained import is_kept, keep, numbers, put_back, take, tidy
@@ -15,6 +16,8 @@ from reftune.bench.training import Fit
 METHODS = [
     {"method": "loreft", "positions": "all", "lrs": [1e-3, 1e-2]},
     {"method": "lora", "r": 2, "lrs": [1e-3, 1e-2]},
+    {"name": "lora by rows", "method": "lora", "r": 2, "init_rows": 4, "lrs": [1e-3, 1e-2]},
+    {"method": "nodireft", "positions": "all", "init_rows": 4, "lrs": [1e-3, 1e-2]},
     {"method": "full", "lrs": [1e-5, 1e-4]},
     {"method": "adalora", "lrs": [1e-3, 1e-2]},
 ]
@@ -59,13 +62,10 @@ def test_what_training_changes_is_put_back_and_nothing_else(tmp_path: Path) -> N
 def test_the_final_run_of_the_sweeps_seed_is_the_sweeps_run(
     suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = str(tiny_data(tmp_path / "data"))
-    made = tiny_encoder(tmp_path / "base") if suite == "glue" else tiny_causal(tmp_path / "base")
-    content = {"suite": suite, "tasks": ["rte" if suite == "glue" else "alpaca"], "model": str(made)}
+    data, content = tiny_grid(tmp_path, suite)
     train = {"epochs": 2, "batch_size": 4, "checkpoint_steps": 2, **({"keep": "best"} if suite == "glue" else {})}
     methods, seeds = (METHODS, [1, 0]) if suite == "glue" else (METHODS[:1], [0])
-    content |= {"methods": methods, "seeds": seeds, "train": train, "scoring": {"max_new_tokens": 2}}
-    content |= {"rows": {"train": 8, "select": 4, "test": 4}}
+    content |= {"methods": methods, "seeds": seeds, "train": train}
     grid = load_grid(content)
     fitted: list[Path] = []  # seed 1 comes first, while what the sweep of seed 0 trained still lies there
     fit = runs.fit
@@ -74,16 +74,20 @@ def test_the_final_run_of_the_sweeps_seed_is_the_sweeps_run(
         fitted.append(work)
         return fit(*args, work=work, **more)
 
+    started: list[Any] = []
+    start = reftune.initialize_reft_weights
+    monkeypatch.setattr(reftune, "initialize_reft_weights", lambda *args: (started.append(args), start(*args)))
     monkeypatch.setattr(runs, "fit", counted)
     assert run_grid(grid, tmp_path / "once", data=data, say=lambda _: None).failed == {}
     begun = {work.name for work in fitted}
     assert len(begun) == len(fitted)
     anew = {job.id for job in jobs(grid) if job.stage == "sweep" or job.seed == 1 or job.method.method in ANEW}
     assert begun == anew
+    assert len(started) == sum(job.id in anew and job.method.method == "nodireft" for job in jobs(grid))
     assert not list((tmp_path / "once" / "work").glob("*"))
 
     monkeypatch.setattr(runner, "is_kept", lambda work: False)
-    again = load_grid(content | {"methods": methods[:2], "seeds": [0]})
+    again = load_grid(content | {"methods": methods[:4], "seeds": [0]})
     run_grid(again, tmp_path / "anew", data=data, say=lambda _: None)
     assert len(fitted) == len(begun) + len(jobs(again))
     once, trained = ({row["id"]: row for row in read_rows(tmp_path / name)} for name in ("once", "anew"))

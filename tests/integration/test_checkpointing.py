@@ -10,24 +10,13 @@ from peft import PeftModel
 from torch import Tensor
 
 from conftest import tiny_llama
+from integration.tiny_training import batch
 from reftune import ReftConfig, get_reft_model
 
 # torch says so of the frozen blocks below the first edit, which get none without checkpointing either
 pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True:UserWarning")
 
 COMPONENTS = ("block_output", "block_input", "attention_output", "attention_input", "mlp_output", "mlp_input")
-
-
-def batch(seed: int, rows: int = 3, columns: int = 12) -> dict[str, Tensor]:
-    """Rows with prompts of different lengths, one of them padded."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(1, 98, (rows, columns), generator=generator)
-    mask, labels = torch.ones_like(ids), ids.clone()
-    for row in range(rows):
-        labels[row, : 3 + row] = -100
-    mask[0, -2:] = 0
-    labels[0, -2:] = -100
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
 def reft(component: str, layers: str, **settings: object) -> PeftModel:

@@ -83,3 +83,15 @@ def losses(run: Trainer) -> list[float]:
 def adapter(model: Any) -> dict[str, Tensor]:
     """The adapter's tensors, copied."""
     return {n: p.detach().clone() for n, p in model.named_parameters() if ".reft_" in n}
+
+
+def batch(seed: int, rows: int = 3, columns: int = 12) -> dict[str, Tensor]:
+    """Rows with prompts of different lengths, one of them padded."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, 98, (rows, columns), generator=generator)
+    mask, labels = torch.ones_like(ids), ids.clone()
+    for row in range(rows):
+        labels[row, : 3 + row] = -100
+    mask[0, -2:] = 0
+    labels[0, -2:] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}

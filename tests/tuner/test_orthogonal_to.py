@@ -147,6 +147,25 @@ def test_every_kind_trains_apart_beside_a_frozen_part(kind: str, frozen: str, tm
                 assert (a @ b.mT).abs().max() <= 1e-5 * (a.norm() * b.norm()).clamp(min=1)
 
 
+@pytest.mark.parametrize("kind", ["loreft", "noreft", "direft", "nodireft"])
+def test_two_forward_passes_before_one_backward(kind: str, tmp_path: Path) -> None:
+    """The second puts R and W right again, in place, while the first still needs them."""
+    model = with_tone(trained(tmp_path), intervention=kind, init_weights=False).train()
+    gradients = []
+    for together in (True, False):
+        model.zero_grad()
+        rows = [{"input_ids": ids, "labels": ids.masked_fill(torch.arange(5) < 3, -100)} for ids in IDS.split(1)]
+        if together:
+            torch.stack([model(**row).loss for row in rows]).sum().backward()
+        else:
+            for row in rows:
+                model(**row).loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(gradients[1]) > 0
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+
+
 def test_rows_are_put_right_once_for_inference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = with_tone(trained(tmp_path))
     calls: list[Any] = []

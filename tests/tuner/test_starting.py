@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from peft import PeftModel
@@ -10,25 +11,14 @@ from torch import Tensor
 
 import reftune
 from conftest import tiny_llama
+from integration.tiny_training import batch
 from reftune import ReftConfig, get_reft_model, initialize_reft_weights
 from reftune.interventions import NodireftIntervention
 
 FOUR = ["attention_input", "attention_output", "mlp_input", "mlp_output"]
 
 
-def batch(seed: int, rows: int = 4, columns: int = 12) -> dict[str, Tensor]:
-    """Rows with prompts of different lengths, one of them padded on the right."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(1, 98, (rows, columns), generator=generator)
-    mask, labels = torch.ones_like(ids), ids.clone()
-    for row in range(rows):
-        labels[row, : 3 + row] = -100
-    mask[0, -2:] = 0
-    labels[0, -2:] = -100
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-BATCHES = [batch(seed) for seed in range(4)]
+BATCHES = [batch(seed, rows=4) for seed in range(4)]
 
 
 def nodireft(seed: int = 1, hidden: int = 64, **options: Any) -> PeftModel:
@@ -37,12 +27,12 @@ def nodireft(seed: int = 1, hidden: int = 64, **options: Any) -> PeftModel:
     return get_reft_model(tiny_llama(layers=3, hidden=hidden), ReftConfig(**{**settings, **options}))
 
 
-def edits(model: PeftModel) -> list[NodireftIntervention]:
-    return [module for module in model.modules() if isinstance(module, NodireftIntervention)]
-
-
 def named(model: PeftModel) -> list[tuple[str, NodireftIntervention]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, NodireftIntervention)]
+
+
+def edits(model: PeftModel) -> list[NodireftIntervention]:
+    return [module for _, module in named(model)]
 
 
 def reads(model: PeftModel) -> list[Tensor]:
@@ -153,6 +143,36 @@ def test_with_gradient_checkpointing(reentrant: bool) -> None:
     assert len(runs) == 2 * 2 * len(BATCHES)  # twice through, and each time again for the backward
     for one, other in zip(reads(plain), reads(saving), strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_a_base_that_counts_what_it_sees_counts_nothing() -> None:
+    model = nodireft()
+    norm = torch.nn.BatchNorm1d(64)
+    block = model.get_base_model().model.layers[1]
+    block.seen = norm
+    block.register_forward_hook(lambda module, args, h: norm(h.mT).mT)
+    initialize_reft_weights(model, BATCHES)
+    assert not bool(norm.num_batches_tracked)
+    assert norm.training == model.training
+
+
+def test_with_an_embedding_that_is_offloaded() -> None:
+    made = [nodireft(), nodireft()]
+    accelerate.cpu_offload(made[1].get_input_embeddings())
+    for model in made:
+        initialize_reft_weights(model, BATCHES)
+    for one, other in zip(*map(reads, made), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_under_autocast_what_is_read_is_centred_to_the_precision_of_fp32() -> None:
+    model = nodireft(layers=[0], component="block_input")  # embeddings: alike with autocast and without
+    with torch.autocast("cpu", torch.bfloat16):
+        initialize_reft_weights(model, BATCHES)
+    (one,) = edits(model)
+    inputs = [inputs["input_ids"][inputs["attention_mask"].bool()] for inputs in BATCHES]
+    read = model.get_input_embeddings()(torch.cat(inputs)) @ one.W.mT + one.b
+    assert bool((read.mean(0).abs() < 1e-4 * read.std(0)).all())
 
 
 def test_the_first_step_has_more_to_go_by() -> None:

@@ -99,15 +99,15 @@ def resolve(entry: str | Mapping[str, Any], suite: str, reft: Mapping[str, Any])
         raise ValueError(f"init_rows of {name} must be a number of training rows, such as 32, but is {init_rows!r}.")
     if init_rows and method not in ("nodireft", "lora"):
         raise ValueError(f"{name}: init_rows is a start of NodiReFT's and LoRA's, and {method} has none of this kind.")
-    taken = {"stack", "subspaces", "init_weights", "init_lora_weights", "lora_ga_config"} & set(given)
-    if init_rows and taken:
-        raise ValueError(f"{name}: init_rows is a start of its own, which {sorted(taken)[0]} does not go with.")
     if is_reft(method) and method not in _OWN:
         options = _PAPER[suite] | dict(reft)
     else:
         options = dict(_OWN.get(method, _PEFT.get(method, {})))
         if method == "red" and suite != "glue":
             options["component"] = "mlp_output"  # as RED's authors; BERT has no module for it: the block's output
+    other = {"stack", "subspaces", "init_weights", "init_lora_weights", "lora_ga_config"} & {*options, *given}
+    if init_rows and other:
+        raise ValueError(f"{name}: init_rows is a start of its own, which {sorted(other)[0]} does not go with.")
     if method in ("full", "probe", "base") and given:
         raise ValueError(f"{name}: {method} has no settings, but got {', '.join(given)}.")
     return Method(name, method, _lrs(method, suite) if lrs is None else lrs, options | given, dict(train), init_rows)

@@ -20,7 +20,7 @@ from reftune.train.reuse import Store
 from . import trained
 from .data import Parts, load_rows, split
 from .grid import BudgetSection, Job, RowsSection, ScoringSection
-from .methods import Counts, attach
+from .methods import Counts, attach, is_reft
 from .tasks import task
 from .training import Fit, fit, total_steps
 
@@ -89,12 +89,16 @@ def train_method(
     setup.revision = getattr(model.config, "_commit_hash", None)
     steps = total_steps(len(rows), setup.train)
     set_seed(job.seed)  # so that what a method draws does not depend on what was drawn before
+    kept, method = job.stage == "final" and trained.is_kept(setup.work), job.method
+    if kept and is_reft(method.method):  # its start is in what is kept; LoRA's is in the base's weights, too
+        method = dataclasses.replace(method, init_rows=0)
     before = time.perf_counter(), time.process_time()
-    model, counts = attach(model, job.method, head=head, steps=steps, batches=_first_rows(setup, rows, collator, model))
+    batches = _batches(rows[: method.init_rows], setup.train.batch_size, collator, model)
+    model, counts = attach(model, method, head=head, steps=steps, batches=batches)
     after = time.perf_counter(), time.process_time()
     if job.method.method == "base":
         return model.eval(), counts, NOTHING
-    if job.stage == "final" and trained.is_kept(setup.work):
+    if kept:
         return model, counts, trained.take(model, setup.work)
     fitted = fit(
         model,
@@ -108,7 +112,7 @@ def train_method(
         kept=setup.kept,
         more_callbacks=callbacks,
     )
-    if job.method.init_rows:  # what its start takes is a part of training
+    if method.init_rows:  # what its start takes is a part of training
         seconds, cpu = fitted.seconds + after[0] - before[0], fitted.cpu_seconds + after[1] - before[1]
         fitted = dataclasses.replace(fitted, seconds=seconds, cpu_seconds=cpu)
     if setup.keep:
@@ -116,10 +120,9 @@ def train_method(
     return model, counts, fitted
 
 
-def _first_rows(setup: Setup, rows: list[Any], collator: Any, model: Any) -> list[dict[str, Any]]:
-    """The training rows that a method starts by, in batches on the model's device."""
-    count, size = setup.job.method.init_rows, setup.train.batch_size
-    parts = [rows[:count][start : start + size] for start in range(0, min(count, len(rows)), size)]
+def _batches(rows: list[Any], size: int, collator: Any, model: Any) -> list[dict[str, Any]]:
+    """Rows in batches on the model's device."""
+    parts = [rows[start : start + size] for start in range(0, len(rows), size)]
     return [{name: value.to(model.device) for name, value in collator(part).items()} for part in parts]
 
 

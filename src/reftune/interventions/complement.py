@@ -82,7 +82,7 @@ class _OutOf(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, matrix: Tensor, basis: Tensor) -> Tensor:
         ctx.save_for_backward(basis)
-        return matrix.clone()  # the parameter, or one that shares its memory, may be rewritten before the backward
+        return matrix.clone()  # the parameter may be rewritten in place before the backward
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]

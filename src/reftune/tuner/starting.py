@@ -51,7 +51,8 @@ def initialize_reft_weights(model: Any, dataloader: Iterable[Mapping[str, Any]],
         with _same_random_numbers(model):
             seen = _backward(model, dataloader)
             for sums in reads.values():
-                sums.turn()
+                with _in_fp32(sums):
+                    sums.turn()
             again = _backward(model, dataloader)
     finally:
         for handle in handles:
@@ -72,8 +73,9 @@ def initialize_reft_weights(model: Any, dataloader: Iterable[Mapping[str, Any]],
             "The loss over these batches is finite and its gradient is not: look for what overflows, in a float16 "
             "base most likely."
         )
-    for one, (w, mean) in [(one, sums.start()) for one, sums in reads.items()]:
-        _put(one, w, mean)
+    for one, sums in reads.items():
+        with _in_fp32(sums):
+            _put(one, *sums.start())
 
 
 def _interventions(model: Any, adapter_name: str) -> list[NodireftIntervention]:
@@ -114,11 +116,16 @@ def _watch(sums: Reads, module: nn.Module, args: tuple[Any, ...], edited: Tensor
     h = args[0].detach()
 
     def add(g: Tensor) -> None:
-        with torch.autocast(h.device.type, enabled=False):
+        with _in_fp32(sums):
             sums.add(h.reshape(-1, h.shape[-1]), g.reshape(-1, g.shape[-1]))
 
     if edited.requires_grad:
         edited.register_hook(add)
+
+
+def _in_fp32(sums: Reads) -> torch.autocast:
+    """Whatever the passes are computed in, the sums and what is made of them are fp32."""
+    return torch.autocast(sums.w.device.type, enabled=False)
 
 
 def _backward(model: Any, batches: Iterable[Mapping[str, Any]]) -> int:
