@@ -88,6 +88,25 @@ def test_generation_alone_in_a_batch_with_and_without_a_cache(positions: str) ->
         assert alone[0, len(ids) :].tolist() == together[0][row]
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("positions", ["f2+l2", "all", "l1+gen/2"])
+@torch.no_grad()
+def test_generation_over_a_static_cache(positions: str) -> None:
+    """On a GPU transformers compiles its steps by itself, into CUDA graphs; twice, for a second run replays them."""
+    model, rows = adapted(tiny_llama(dtype=torch.float64), positions), prompts(1)
+    batch = padded(rows, "left")
+    batch.pop("position_ids")
+    settings: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    expected = model.generate(**batch, **settings).tolist()
+    with model.disable_adapter():
+        plain = model.generate(**batch, **settings).tolist()
+    assert expected != plain
+    for _ in range(2):
+        assert model.generate(**batch, **settings, cache_implementation="static").tolist() == expected
+    with model.disable_adapter():
+        assert model.generate(**batch, **settings, cache_implementation="static").tolist() == plain
+
+
 @torch.no_grad()
 def test_each_row_by_its_own_adapter_and_off_is_the_base_bit_for_bit() -> None:
     base = tiny_llama(dtype=torch.float64).to(HERE)
