@@ -4,11 +4,13 @@ import importlib.metadata
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
 from tests.tiny_chat import save_tiny, tiny_model, write_gguf
+from transformers import AutoTokenizer
 
 import reftune
 from reftune import gguf_cache, models
@@ -43,13 +45,28 @@ def test_a_gguf_file_is_dequantised_once_and_keeps_its_weights(cache: Path, tmp_
         assert torch.equal(ours, theirs), name
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "hé"}], add_generation_prompt=True)["input_ids"]
     assert tokenizer.decode(ids) == "<|im_start|>user\nhé<|im_end|>\n<|im_start|>assistant\n"
-    assert tokenizer.eos_token == "<|im_end|>"
+    assert tokenizer.eos_token == tokenizer.pad_token == "<|im_end|>"
+    assert tokenizer.bos_token == "<|im_start|>"
     assert model.generation_config.eos_token_id == 2
 
     monkeypatch.setattr(gguf_cache, "_convert", lambda *_: pytest.fail("dequantised again"))
     moved = shutil.move(file, tmp_path / "moved.gguf")
     shutil.copy(moved, file)
     load_model(str(file))
+
+
+def test_a_gguf_files_own_special_tokens_count(cache: Path, tmp_path: Path, monkeypatch) -> None:
+    read = AutoTokenizer.from_pretrained
+
+    def as_5_17(*args: Any, **kwargs: Any) -> Any:
+        tokenizer = read(*args, **kwargs)
+        tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|im_start|>", None
+        return tokenizer
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", as_5_17)
+    directory = gguf_cache.dequantised(write_gguf(tmp_path / "tiny.gguf"))
+    tokenizer = read(str(directory))
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
 
 
 def test_a_half_written_cache_is_never_used(cache: Path, tmp_path: Path, monkeypatch) -> None:

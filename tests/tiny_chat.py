@@ -76,7 +76,7 @@ def write_gguf(path: Path) -> Path:
     tokens = tokenizer.convert_ids_to_tokens(list(range(config.vocab_size)))
     writer.add_token_list(tokens)
     writer.add_token_types([3] * 3 + [1] * 257)
-    writer.add_token_merges(["a a"])
+    writer.add_token_merges(["a a", "a a"])  # twice, for transformers 5.17 takes a list of one for a string
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(2)

@@ -15,7 +15,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-_LAYOUT = "1"  # raise when what is written changes, so that older copies are made anew
+_LAYOUT = "2"  # raise when what is written changes, so that older copies are made anew
 _MANIFEST = "reftune.json"
 
 
@@ -75,6 +75,10 @@ def _convert(file: Path, work: Path) -> None:
     for mark in ("is_quantized", "hf_quantizer", "quantization_method"):
         if mark in model.__dict__:
             delattr(model, mark)
+    for name in ("bos", "eos", "pad"):  # transformers 5.17 exchanges the first two and forgets the third
+        number = getattr(model.config, f"{name}_token_id", None)
+        if isinstance(number, int):
+            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(number))
     model.save_pretrained(work)
     tokenizer.save_pretrained(work)
 
