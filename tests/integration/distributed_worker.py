@@ -1,7 +1,8 @@
 """Run by test_distributed.py, once in each process: train a tiny model and save it.
 
-Modes: "ddp" trains with `Trainer`. "fsdp" shards with torch's `fully_shard` (FSDP2) block by block and checkpoints
-them, "fsdp_root" the model as a whole: accelerate, and so `Trainer`, shards on accelerators only, but calls just this.
+Modes: "ddp" trains with `Trainer`, "started" too, NodiReFT started by some rows. "fsdp" shards with torch's
+`fully_shard` (FSDP2) block by block and checkpoints them, "fsdp_root" the model as a whole: accelerate, and so
+`Trainer`, shards on accelerators only, but calls just this.
 """
 
 import json
@@ -14,22 +15,26 @@ from tiny_training import Rows, adapter, collate, losses, trainer
 
 from conftest import tiny_llama
 from reftune import ReftConfig, get_reft_model
+from reftune.train.starting import StartByRows
 
 STEPS, RATE = 5, 0.02
 
 
-def reft() -> Any:
-    config = ReftConfig(r=4, layers="all", init_weights=False, dropout=0.0, task_type="CAUSAL_LM")
+def reft(**settings: Any) -> Any:
+    config = ReftConfig(r=4, layers="all", dropout=0.0, task_type="CAUSAL_LM", **({"init_weights": False} | settings))
     base = tiny_llama(layers=2)
     torch.manual_seed(1)
     return get_reft_model(base, config)
 
 
-def with_trainer(directory: Path, batch: int, **settings: Any) -> None:
+def with_trainer(directory: Path, batch: int, started: bool = False, **settings: Any) -> None:
+    kind: dict[str, Any] = {"intervention": "nodireft", "positions": "all", "init_weights": True} if started else {}
     run = trainer(
-        reft(), directory, per_device_train_batch_size=batch, learning_rate=RATE, weight_decay=0.1, max_steps=STEPS,
-        save_strategy="steps", save_steps=3, **settings,
+        reft(**kind), directory, per_device_train_batch_size=batch, learning_rate=RATE, weight_decay=0.1,
+        max_steps=STEPS, save_strategy="steps", save_steps=3, **settings,
     )  # fmt: skip
+    if started:
+        run.add_callback(StartByRows(Rows(8).rows, run, print))
     run.train()
     if run.args.world_size > 1:  # every process holds the same adapter
         mine = torch.cat([value.flatten() for value in adapter(run.model).values()])
@@ -91,7 +96,7 @@ def sharded(directory: Path, root_only: bool) -> None:
 
 
 def main(mode: str, directory: Path) -> None:
-    if mode == "ddp":
-        with_trainer(directory, 2, ddp_backend="gloo")
+    if mode in ("ddp", "started"):
+        with_trainer(directory, 2, started=mode == "started", ddp_backend="gloo")
     else:
         sharded(directory, root_only=mode == "fsdp_root")

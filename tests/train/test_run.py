@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import reftune
 from reftune.models import load_adapted
 from reftune.train import RecipeError, load_recipe, train
 from reftune.train.run import last_line, size_words
+from reftune.train.starting import StartByRows
 
 
 @pytest.fixture
@@ -94,6 +96,14 @@ def test_the_start_is_made_as_the_steps_are(keys: dict[str, Any], monkeypatch: p
     assert seen == [False, True]
     with pytest.raises(RecipeError, match=r"starts at an edit of zero, which reft.init_weights: false does not"):
         train(load_recipe(None, keys | {"init_weights": False, "overwrite": True}))
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
+def test_such_a_start_is_refused_where_weights_lie_in_pieces(engine: str) -> None:
+    trainer = SimpleNamespace(is_fsdp_enabled=engine == "fsdp", is_deepspeed_enabled=engine == "deepspeed")
+    callback = StartByRows([{}], trainer, print)
+    with pytest.raises(RecipeError, match="needs whole weights, and this run shards them: set it to 0"):
+        callback.on_train_begin(SimpleNamespace(per_device_train_batch_size=1), SimpleNamespace(global_step=0), None)
 
 
 def test_a_run_with_such_a_start_is_resumed_exactly(keys: dict[str, Any], tmp_path: Path) -> None:
