@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import reftune
 from conftest import tiny_llama
@@ -143,6 +144,35 @@ def test_with_gradient_checkpointing(reentrant: bool) -> None:
     assert len(runs) == 2 * 2 * len(BATCHES)  # twice through, and each time again for the backward
     for one, other in zip(reads(plain), reads(saving), strict=True):
         torch.testing.assert_close(one, other)
+
+
+def _states_alive(model: PeftModel) -> int:
+    states: list[StorageWeakRef] = []
+    counts: list[int] = []
+    for one in edits(model):
+        one.register_forward_pre_hook(lambda _, args: states.append(StorageWeakRef(args[0].untyped_storage())))
+
+    def count(*_: Any) -> None:
+        counts.append(sum(not state.expired() for state in states))
+        states.clear()
+
+    model.get_base_model().model.register_forward_hook(count)
+    initialize_reft_weights(model, BATCHES)
+    assert len(set(counts)) == 1
+    return counts[0]
+
+
+def test_gradient_checkpointing_saves_the_states_of_the_sites_too() -> None:
+    """What is alive when a forward pass ends and its backward pass has not begun."""
+    alive: dict[bool, int] = {}
+    for checkpointed in (False, True):
+        model = nodireft(component=FOUR)
+        if checkpointed:
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+            model.enable_input_require_grads()
+        alive[checkpointed] = _states_alive(model)
+    assert alive == {False: 12, True: 0}
 
 
 def test_a_base_that_counts_what_it_sees_counts_nothing() -> None:

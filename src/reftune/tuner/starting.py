@@ -111,16 +111,26 @@ def _interventions(model: Any, adapter_name: str) -> list[NodireftIntervention]:
     return found
 
 
-def _watch(sums: Reads, module: nn.Module, args: tuple[Any, ...], edited: Tensor) -> None:
+def _watch(sums: Reads, module: nn.Module, args: tuple[Any, ...], edited: Tensor) -> Tensor | None:
     """A forward hook: the states and their gradient are added when the backward pass reaches them."""
-    h = args[0].detach()
+    return _Tap.apply(edited, args[0], sums) if edited.requires_grad else None
 
-    def add(g: Tensor) -> None:
-        with _in_fp32(sums):
-            sums.add(h.reshape(-1, h.shape[-1]), g.reshape(-1, g.shape[-1]))
 
-    if edited.requires_grad:
-        edited.register_hook(add)
+class _Tap(torch.autograd.Function):
+    """edited, as it is. h is saved as autograd saves, so that gradient checkpointing does not keep it either."""
+
+    @staticmethod
+    def forward(ctx: Any, edited: Tensor, h: Tensor, sums: Reads) -> Tensor:
+        ctx.save_for_backward(h)
+        ctx.sums = sums
+        return edited.view_as(edited)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        (h,) = ctx.saved_tensors
+        with _in_fp32(ctx.sums):
+            ctx.sums.add(h.reshape(-1, h.shape[-1]), g.reshape(-1, g.shape[-1]))
+        return g, None, None
 
 
 def _in_fp32(sums: Reads) -> torch.autocast:
