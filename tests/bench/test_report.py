@@ -58,6 +58,18 @@ def test_the_table_has_means_spreads_parameters_and_averages() -> None:
     assert "\n\n† the best of the sweep lies at its end" in text
 
 
+def test_values_of_every_seed_are_shown_where_there_are_several() -> None:
+    text = report([r for r in rows() if (r["method"], r["task"], r["seed"]) != ("lora", "cola", 1)])
+    assert "## Seeds\n\n| task | method | seed 0 | seed 1 |" in text
+    assert "| average | loreft | 50.0 | 52.0 |" in text
+    assert "| average | lora" not in text  # of one seed alone it has both tasks
+    losses = report(
+        [row("lora", "alpaca", seed, {"alpaca": {"loss": 1.8512 + seed}}, suite="instruct") for seed in (0, 3)]
+    )
+    assert "| alpaca (loss) | lora | 1.8512 | 4.8512 |" in losses
+    assert "## Seeds" not in report([r for r in rows() if r["seed"] == 0])
+
+
 def test_what_is_said_of_budgets_and_rates_is_true_of_all_rows() -> None:
     assert "learning rate chosen on the selection rows. " in report(rows())
     assert "Versions: torch 2.13." in report(rows())
@@ -147,7 +159,7 @@ def test_only_seeds_with_every_task_are_averaged_and_sweeps_are_no_results() -> 
     some = rows()[:-1]  # lora has no cola at seed 1
     (_, lora) = summarise([*some, row("dora", "rte", 0, {}, stage="sweep")])
     assert lora.method == "lora"
-    assert lora.average([("rte", "accuracy"), ("cola", "matthews")]) == [0.4]
+    assert lora.by_seed([("rte", "accuracy"), ("cola", "matthews")]) == {0: 0.4}
     assert "No final run is done yet; 1 sweep" in report([row("dora", "rte", 0, {}, stage="sweep")])
 
 

@@ -58,7 +58,7 @@ def _draw(points: Sequence[tuple[Summary, float]], columns: list[tuple[str, str]
     axis = figure.subplots()
     losses = columns[0][1] == "loss"
     for number, (one, x) in enumerate(points):
-        values = [(1 if losses else 100) * v for v in one.average(columns)]
+        values = [(1 if losses else 100) * v for v in one.by_seed(columns).values()]
         if not values:
             continue
         mean = statistics.fmean(values)

@@ -32,10 +32,10 @@ class Summary:
     at_end: set[str] = field(default_factory=set)
     reuses: bool = False
 
-    def average(self, columns: Sequence[tuple[str, str]]) -> list[float]:
-        """The mean over the columns, one value for each seed that has them all."""
+    def by_seed(self, columns: Sequence[tuple[str, str]]) -> dict[int, float]:
+        """The mean over the columns, for each seed that has them all."""
         seeds = set.intersection(*(set(self.scores[c]) for c in columns)) if columns else set()
-        return [statistics.fmean(self.scores[c][seed] for c in columns) for seed in sorted(seeds)]
+        return {seed: statistics.fmean(self.scores[c][seed] for c in columns) for seed in sorted(seeds)}
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> list[Summary]:
@@ -95,8 +95,9 @@ def report(rows: Sequence[dict[str, Any]], title: str = "Results") -> str:
     columns = primary(summaries)
     text = [f"# {title}", "", about(rows), "", _main(summaries, columns), ""]
     text += [_notes(summaries), "", "## Every metric", "", _breakdown(summaries), "", "## Learning rates", ""]
-    every, epochs = tried(rows), by_epoch(rows)
+    every, epochs, seeds = tried(rows), by_epoch(rows), _by_seed(summaries, columns)
     text += [_rates(summaries), "", *([every, ""] if every else [])]
+    text += ["## Seeds", "", seeds, ""] if seeds else []
     return "\n".join([*text, *(["## Epochs", "", epochs, ""] if epochs else [])])
 
 
@@ -110,16 +111,33 @@ def cell(values: Sequence[float], share: bool = True) -> str:
 
 
 def _main(summaries: Sequence[Summary], columns: list[tuple[str, str]]) -> str:
-    comparable = all(_metric(c).share and _metric(c).higher for c in columns)
     heads = ["method", "parameters", *(f"{name} ({metric})" for name, metric in columns)]
-    heads += ["average"] if comparable and len(columns) > 1 else []
+    heads += ["average"] if _has_average(columns) else []
     lines = []
     for one in summaries:
         cells = [one.method, f"{one.trainable:,}"]
         cells += [cell(list(one.scores[c].values()), _metric(c).share) for c in columns]
-        cells += [cell(one.average(columns))] if len(heads) > len(cells) else []
+        cells += [cell(list(one.by_seed(columns).values()))] if len(heads) > len(cells) else []
         lines.append([*cells, f"{statistics.fmean(one.step):.2f}", f"{statistics.fmean(one.seconds):.0f}"])
     return table([*heads, "s a step", "s to train"], lines)
+
+
+def _has_average(columns: Sequence[tuple[str, str]]) -> bool:
+    return len(columns) > 1 and all(_metric(c).share and _metric(c).higher for c in columns)
+
+
+def _by_seed(summaries: Sequence[Summary], columns: list[tuple[str, str]]) -> str:
+    """Whether a method is ahead on each seed: the averages where there are any, else each task; "" of a single seed."""
+    seeds = sorted({seed for one in summaries for c in columns for seed in one.scores[c]})
+    lines = []
+    for group in [columns] if _has_average(columns) else [[c] for c in columns]:
+        name = "average" if len(group) > 1 else f"{group[0][0]} ({group[0][1]})"
+        scale, digits = (100, 1) if _metric(group[0]).share else (1, 4)
+        for one in summaries:
+            found = one.by_seed(group)
+            shown = [f"{scale * found[seed]:.{digits}f}" if seed in found else "–" for seed in seeds]
+            lines += [[name, one.method, *shown]] if len(found) > 1 else []
+    return table(["task", "method", *(f"seed {seed}" for seed in seeds)], lines) if lines else ""
 
 
 def _breakdown(summaries: Sequence[Summary]) -> str:
