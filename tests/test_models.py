@@ -69,6 +69,14 @@ def test_a_gguf_files_own_special_tokens_count(cache: Path, tmp_path: Path, monk
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
 
 
+def test_a_special_token_that_a_gguf_file_does_not_name_is_not_made_up(cache: Path, tmp_path: Path) -> None:
+    """LlamaConfig says that bos is 1 where nobody says what it is."""
+    model, tokenizer = load_model(str(write_gguf(tmp_path / "tiny.gguf", bos=False)))
+    assert model.config.bos_token_id == 1
+    assert tokenizer.bos_token is None
+    assert tokenizer.eos_token_id == 2
+
+
 def test_a_half_written_cache_is_never_used(cache: Path, tmp_path: Path, monkeypatch) -> None:
     file = write_gguf(tmp_path / "tiny.gguf")
     convert = gguf_cache._convert

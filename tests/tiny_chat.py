@@ -54,7 +54,7 @@ def save_tiny(directory: Path, chat: bool = True) -> Path:
     return directory
 
 
-def write_gguf(path: Path) -> Path:
+def write_gguf(path: Path, bos: bool = True) -> Path:
     """A GGUF file with a tiny Llama and a byte-level tokenizer, as llama.cpp's converters write it."""
     import gguf
     import numpy as np
@@ -77,7 +77,8 @@ def write_gguf(path: Path) -> Path:
     writer.add_token_list(tokens)
     writer.add_token_types([3] * 3 + [1] * 257)
     writer.add_token_merges(["a a", "a a"])  # twice, for transformers 5.17 takes a list of one for a string
-    writer.add_bos_token_id(1)
+    if bos:
+        writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(2)
     writer.add_unk_token_id(0)

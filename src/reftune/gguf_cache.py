@@ -75,12 +75,20 @@ def _convert(file: Path, work: Path) -> None:
     for mark in ("is_quantized", "hf_quantizer", "quantization_method"):
         if mark in model.__dict__:
             delattr(model, mark)
-    for name in ("bos", "eos", "pad"):  # transformers 5.17 exchanges the first two and forgets the third
-        number = getattr(model.config, f"{name}_token_id", None)
-        if isinstance(number, int):
-            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(number))
+    for name, number in _special_ids(file).items():  # transformers 5.17 exchanges bos and eos and forgets pad
+        setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(number))
     model.save_pretrained(work)
     tokenizer.save_pretrained(work)
+
+
+def _special_ids(file: Path) -> dict[str, int]:
+    """The ids that the file gives for bos, eos and pad, of those that it gives."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(str(file)).fields
+    keys = {"bos": "bos", "eos": "eos", "pad": "padding"}
+    found = {name: fields.get(f"tokenizer.ggml.{key}_token_id") for name, key in keys.items()}
+    return {name: int(field.contents()) for name, field in found.items() if field is not None}
 
 
 def _seal(work: Path, file: Path, digest: str) -> None:

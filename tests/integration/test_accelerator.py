@@ -25,6 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*reference PyTorch implementati
 HERE = (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None) or torch.device("cpu")
 FAMILIES = [name for name in ("llama", "qwen3", "gemma3_text", "gpt2", "mistral", "gpt_oss", "phi3") if name in CAUSAL]
 POSITIONS = ["f2+l2", "l1+gen", "all", "l2", "mid1+gen:2"]
+GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 if HERE.type == "cpu":  # where the other tests say the same
     FAMILIES, POSITIONS = FAMILIES[:1], POSITIONS[:2]
 
@@ -55,6 +56,11 @@ def padded(rows: list[list[int]], side: str) -> dict[str, Tensor]:
     }
 
 
+def asked(rows: list[list[int]]) -> dict[str, Any]:
+    """Prompts as `generate` takes them: padded on the left, their positions left to it."""
+    return {name: tensor for name, tensor in padded(rows, "left").items() if name != "position_ids"}
+
+
 def prompts(seed: int) -> list[list[int]]:
     dice = random.Random(seed)
     return [[dice.randrange(2, 90) for _ in range(length)] for length in (1, 4, 9, 6)]
@@ -77,9 +83,7 @@ def test_padded_left_or_right_is_unpadded(name: str, positions: str) -> None:
 @torch.no_grad()
 def test_generation_alone_in_a_batch_with_and_without_a_cache(positions: str) -> None:
     model, rows = adapted(tiny_llama(dtype=torch.float64), positions), prompts(1)
-    batch = padded(rows, "left")
-    batch.pop("position_ids")
-    settings: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    batch, settings = asked(rows), {"max_new_tokens": 6, **GREEDY}
     together = [model.generate(**batch, use_cache=use, **settings)[:, 9:].tolist() for use in (True, False)]
     assert together[0] == together[1]
     for row, ids in enumerate(rows):
@@ -93,18 +97,18 @@ def test_generation_alone_in_a_batch_with_and_without_a_cache(positions: str) ->
 @torch.no_grad()
 def test_generation_over_a_static_cache(positions: str) -> None:
     """On a GPU transformers compiles its steps by itself, into CUDA graphs; twice, for a second run replays them."""
-    model, rows = adapted(tiny_llama(dtype=torch.float64), positions), prompts(1)
-    batch = padded(rows, "left")
-    batch.pop("position_ids")
-    settings: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    expected = model.generate(**batch, **settings).tolist()
+    model, inputs = (
+        adapted(tiny_llama(dtype=torch.float64), positions),
+        asked(prompts(1)) | {"max_new_tokens": 12, **GREEDY},
+    )
+    expected = model.generate(**inputs).tolist()
     with model.disable_adapter():
-        plain = model.generate(**batch, **settings).tolist()
+        plain = model.generate(**inputs).tolist()
     assert expected != plain
     for _ in range(2):
-        assert model.generate(**batch, **settings, cache_implementation="static").tolist() == expected
+        assert model.generate(**inputs, cache_implementation="static").tolist() == expected
     with model.disable_adapter():
-        assert model.generate(**batch, **settings, cache_implementation="static").tolist() == plain
+        assert model.generate(**inputs, cache_implementation="static").tolist() == plain
 
 
 @torch.no_grad()
