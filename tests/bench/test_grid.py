@@ -42,6 +42,15 @@ def test_an_id_changes_with_what_decides_the_result() -> None:
     assert len({same, *(one(change) for change in changes)}) == 1 + len(changes)
 
 
+def test_runs_keep_their_names_where_dropout_stays() -> None:
+    """Grids begun before there was such a key go on."""
+    plain, without = (
+        jobs(load_grid(SMALL, {"train.disable_dropout": value}))[-1].spec()["train"] for value in (False, True)
+    )
+    assert "disable_dropout" not in plain
+    assert without == plain | {"disable_dropout": True}
+
+
 def test_a_wider_sweep_keeps_the_runs_that_are_done() -> None:
     def plan(*lrs: float) -> list[tuple[str, str]]:
         return [(job.stage, job.id) for job in jobs(load_grid(SMALL, {"methods": [{"method": "lora", "lrs": lrs}]}))]

@@ -231,6 +231,29 @@ def test_the_heads_rate_is_every_methods_but_the_probes(places: dict[str, str], 
     assert one["loreft"] != own["loreft"]
 
 
+def test_without_dropout_a_run_draws_nothing(places: dict[str, str], tmp_path: Path, monkeypatch) -> None:
+    drawn = []
+    dropout = torch.nn.functional.dropout
+
+    def counted(states: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+        drawn.append(p if training else 0.0)
+        return dropout(states, p, training, inplace)
+
+    monkeypatch.setattr(torch.nn.functional, "dropout", counted)
+    methods = [{"method": "loreft", "lrs": [1e-2]}]
+    losses = []
+    for disabled in (False, True):
+        drawn.clear()
+        grid = glue(places, methods=methods, seeds=[0], train=TRAIN | {"disable_dropout": disabled})
+        run_grid(grid, tmp_path / str(disabled), data=places["data"], say=silent)
+        (row,) = read_rows(tmp_path / str(disabled))
+        losses.append(row["train_loss"])
+        assert drawn
+        assert any(drawn) is not disabled
+        assert ("without dropout" in report([row])) is disabled
+    assert losses[0] != losses[1]
+
+
 def test_selection_by_score_scores_the_selection_rows(places: dict[str, str], tmp_path: Path) -> None:
     content = {"suite": "commonsense", "tasks": ["boolq"], "model": places["causal"], "seeds": [0], "train": TRAIN}
     methods = [{"method": "loreft", "lrs": [1e-3, 1e-2]}]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.tiny_chat import save_tiny
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 import reftune
 from reftune.models import load_adapted
@@ -169,6 +170,17 @@ def test_a_new_run_does_not_mix_with_an_older_ones_checkpoints(keys: dict[str, A
     with pytest.raises(RecipeError, match="set one of them"):
         train(load_recipe(None, keys | {"resume": True, "overwrite": True}), say=lambda _: None)
     train(load_recipe(None, keys | {"overwrite": True}), say=lambda _: None)
+
+
+def test_without_dropout_the_frozen_base_can_be_reused(keys: dict[str, Any], tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(keys["model.name"])
+    for disabled in (False, True):
+        said: list[Any] = []
+        base = LlamaForCausalLM.from_pretrained(keys["model.name"], attention_dropout=0.5, attn_implementation="eager")
+        recipe = load_recipe(None, keys | {"disable_dropout": disabled, "output_dir": str(tmp_path / str(disabled))})
+        train(recipe, say=said.append, loaded=(base, tokenizer))
+        told = "\n".join(line for line in said if isinstance(line, str))
+        assert ("switched off" in told) is not disabled, told
 
 
 def test_evaluation_follows_the_recipe(keys: dict[str, Any]) -> None:

@@ -74,4 +74,5 @@ def _accelerators(finals: Sequence[dict[str, Any]]) -> str:
 def _budget(row: Mapping[str, Any]) -> str:
     train = row["spec"]["train"]
     length = f"{train['steps']} steps" if train["steps"] is not None else f"{train['epochs']:g} epochs"
-    return f"{length} of {train['batch_size'] * train['gradient_accumulation_steps']} rows"
+    without = " without dropout" if train.get("disable_dropout") else ""
+    return f"{length} of {train['batch_size'] * train['gradient_accumulation_steps']} rows{without}"

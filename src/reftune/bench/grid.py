@@ -49,6 +49,7 @@ class BudgetSection:
     lr_scheduler: str = "linear"
     max_grad_norm: float = 1.0
     max_length: int = 512
+    disable_dropout: bool = False  # of the base and of a classifier's head, in training
     train_sampling_strategy: Literal["random", "group_by_length"] = "random"  # rows of about one length a batch
     bf16: bool = False  # autocast, in training and evaluation
     checkpoint_steps: int | None = None  # a run that was cut off goes on from its last checkpoint; null: starts anew
@@ -240,12 +241,15 @@ def _methods(grid: Grid, evaluated: tuple[str, ...]) -> list[tuple[Method, dict[
         train = dataclasses.asdict(grid.train) | dict(budget) | method.train
         if method.method == "probe":  # all that it trains is the head, at the rate chosen for it
             train["head_lr"] = None
+        train = dataclasses.asdict(from_dict(BudgetSection, train, "train"))
+        if not train["disable_dropout"]:  # so that runs keep the names that they had before there was such a key
+            del train["disable_dropout"]
         settings = {
             "dtype": grid.dtype,
             "attention": grid.attention,
             "template": grid.template,
             "rows": dataclasses.asdict(grid.rows),
-            "train": dataclasses.asdict(from_dict(BudgetSection, train, "train")),
+            "train": train,
             "sweep": dataclasses.asdict(grid.sweep),
             "scoring": dataclasses.asdict(grid.scoring),
         }

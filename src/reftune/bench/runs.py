@@ -14,6 +14,7 @@ from typing import Any
 from transformers import TrainerCallback, set_seed
 
 import reftune
+from reftune.models import disable_dropout
 from reftune.train.recipe_file import from_dict
 from reftune.train.reuse import Store
 
@@ -88,6 +89,8 @@ def train_method(
     job = setup.job
     setup.revision = getattr(model.config, "_commit_hash", None)
     steps = total_steps(len(rows), setup.train)
+    if setup.train.disable_dropout:
+        disable_dropout(model)
     set_seed(job.seed)  # so that what a method draws does not depend on what was drawn before
     kept, method = job.stage == "final" and trained.is_kept(setup.work), job.method
     if kept and is_reft(method.method):  # its start is in what is kept; LoRA's is in the base's weights, too

@@ -76,6 +76,7 @@ class TrainSection:
     warmup: float = _key(0.0, "Warm-up: below 1 a share of all steps, else a number of steps.")
     weight_decay: float = _key(0.0, "AdamW's weight decay.")
     max_grad_norm: float = _key(1.0, "Gradients are clipped to this norm.")
+    disable_dropout: bool = _key(False, "Train without the base's own dropout.")
     label_smoothing: float = _key(0.0, "Label smoothing of the loss.")
     seed: int = _key(42, "Seed of the edit's start, of dropout and of the order of the examples.")
     init_rows: int = _key(0, "Examples by whose loss NodiReFT's reads start; docs/family.md. 0: at random.")

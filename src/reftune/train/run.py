@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from reftune.data import PromptTemplate, ReftDataCollator, TokenizedRows, read_examples, tokenize
-from reftune.models import load_model
+from reftune.models import disable_dropout, load_model
 from reftune.train.precision import slow_bf16
 from reftune.train.progress import ProgressCallback, first_step_table
 from reftune.train.recipe import Recipe
@@ -72,6 +72,8 @@ def train(
     say(_counted(rows, recipe.data.train))
     eval_rows = _rows(recipe, template, recipe.data.eval, recipe.data.eval_split).rows if recipe.data.eval else None
 
+    if recipe.train.disable_dropout:
+        disable_dropout(base)
     set_seed(recipe.train.seed)
     model = get_reft_model(base, config)
     say(str(model.trainable_parameters()))
