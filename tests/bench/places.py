@@ -8,6 +8,10 @@ from typing import Any
 
 from tests.tiny_chat import save_tiny, tiny_tokenizer
 
+from reftune.bench import load_grid
+
+TRAIN = {"steps": 3, "batch_size": 4}
+
 DATA = next((p for p in (Path(__file__).parents[3] / "shared" / "data",) if p.is_dir()), None)
 
 
@@ -78,3 +82,13 @@ def environment() -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
     }
+
+
+def glue(places: dict[str, str], **more: Any) -> Any:
+    methods = [{"method": "loreft", "lrs": [1e-2, 1e-1]}, {"method": "lora", "r": 2, "lrs": [1e-2]}]
+    content = {"suite": "glue", "tasks": ["rte"], "model": places["encoder"], "methods": methods, "seeds": [0, 1]}
+    return load_grid(content | {"train": TRAIN, "sweep": {"steps": 2, "by": "score"}} | more)
+
+
+def silent(_: str) -> None:
+    pass
