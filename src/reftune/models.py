@@ -90,7 +90,7 @@ def load_shape(name: str) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(_resolve(str(name))[0])
+    config = AutoConfig.from_pretrained(source_of(name))
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config).eval()
 
@@ -117,6 +117,14 @@ def default_dtype(device_map: Any = None) -> Any:
 
     on_cpu = str(device_map) == "cpu" or not torch.accelerator.is_available()
     return torch.float32 if on_cpu else "auto"
+
+
+def source_of(name: str) -> str:
+    """What `from_pretrained` of any Auto class reads for a name that `load_model` knows: a directory or a hub id.
+
+    Raises as `load_model` does for paths with no model; whether the hub has an id is not asked.
+    """
+    return _resolve(str(name))[0]
 
 
 def bundled_file() -> Path | None:

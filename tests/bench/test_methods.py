@@ -20,6 +20,7 @@ from reftune.bench.store import read_rows
 from reftune.bench.training import fit, total_steps
 from reftune.data import ReftDataCollator
 from reftune.interventions import INTERVENTIONS, Intervention
+from reftune.models import BUNDLED
 
 
 class ShiftIntervention(Intervention):
@@ -254,6 +255,20 @@ def test_the_bundled_encoder_is_found() -> None:
     model, tokenizer = load_classifier(ENCODER, labels=2, seed=0)
     assert (model.config.hidden_size, model.config.num_hidden_layers) == (384, 6)
     assert tokenizer("good", "bad")["token_type_ids"] == [0, 0, 0, 1, 1]
+
+
+@pytest.mark.real
+def test_the_bundled_language_model_is_a_classifier_too() -> None:
+    model, tokenizer = load_classifier(BUNDLED, labels=2, seed=0)
+    causal, _ = reftune.load_model(BUNDLED)
+    assert all(torch.equal(a, b) for a, b in zip(model.model.parameters(), causal.model.parameters(), strict=True))
+    assert head_modules(model) == ["score"]
+    assert model.score.out_features == 2
+    rows = [tokenizer("A good one."), tokenizer("And a very much longer one.")]
+    batch = tokenizer.pad(rows, return_tensors="pt")
+    with torch.no_grad():
+        together, alone = model(**batch).logits, model(torch.tensor([rows[0]["input_ids"]])).logits
+    torch.testing.assert_close(together[:1], alone, rtol=1e-4, atol=1e-4)  # the last token that is no padding
 
 
 @pytest.mark.parametrize("suite", ["glue", "instruct"])

