@@ -70,6 +70,15 @@ def test_values_of_every_seed_are_shown_where_there_are_several() -> None:
     assert "## Seeds" not in report([r for r in rows() if r["seed"] == 0])
 
 
+def test_tasks_stand_alone_where_one_seed_alone_has_them_all() -> None:
+    text = report([r for r in rows() if (r["task"], r["seed"]) != ("cola", 1)])
+    assert "| loreft | 4,614 | 40.0 | 61.0 ± 1.4 | 50.0 |" in text
+    assert "An average is over the seeds that have all tasks." in text
+    assert "| rte (accuracy) | loreft | 60.0 | 62.0 |" in text
+    assert "| average | loreft" not in text
+    assert "An average is" not in report(rows())
+
+
 def test_what_is_said_of_budgets_and_rates_is_true_of_all_rows() -> None:
     assert "learning rate chosen on the selection rows. " in report(rows())
     assert "Versions: torch 2.13." in report(rows())

@@ -94,7 +94,7 @@ def report(rows: Sequence[dict[str, Any]], title: str = "Results") -> str:
         return f"# {title}\n\nNo final run is done yet; {len(rows)} sweep runs are.\n\n{tried(rows)}\n"
     columns = primary(summaries)
     text = [f"# {title}", "", about(rows), "", _main(summaries, columns), ""]
-    text += [_notes(summaries), "", "## Every metric", "", _breakdown(summaries), "", "## Learning rates", ""]
+    text += [_notes(summaries, columns), "", "## Every metric", "", _breakdown(summaries), "", "## Learning rates", ""]
     every, epochs, seeds = tried(rows), by_epoch(rows), _by_seed(summaries, columns)
     text += [_rates(summaries), "", *([every, ""] if every else [])]
     text += ["## Seeds", "", seeds, ""] if seeds else []
@@ -127,10 +127,11 @@ def _has_average(columns: Sequence[tuple[str, str]]) -> bool:
 
 
 def _by_seed(summaries: Sequence[Summary], columns: list[tuple[str, str]]) -> str:
-    """Whether a method is ahead on each seed: the averages where there are any, else each task; "" of a single seed."""
+    """Whether a method is ahead on each seed: the averages where two seeds have one, else each task; "" of one seed."""
     seeds = sorted({seed for one in summaries for c in columns for seed in one.scores[c]})
+    averages = _has_average(columns) and any(len(one.by_seed(columns)) > 1 for one in summaries)
     lines = []
-    for group in [columns] if _has_average(columns) else [[c] for c in columns]:
+    for group in [columns] if averages else [[c] for c in columns]:
         name = "average" if len(group) > 1 else f"{group[0][0]} ({group[0][1]})"
         scale, digits = (100, 1) if _metric(group[0]).share else (1, 4)
         for one in summaries:
@@ -205,15 +206,17 @@ def _training_time(row: Mapping[str, Any]) -> float:
     return float(spent["train_cpu"] if on_cpu and "train_cpu" in spent else spent["train"])
 
 
-def _notes(summaries: Sequence[Summary]) -> str:
+def _notes(summaries: Sequence[Summary], columns: list[tuple[str, str]]) -> str:
     heads = sorted({one.head for one in summaries if one.head})
     head = (
         f" All methods train the head too ({', '.join(f'{h:,}' for h in heads)} numbers), not counted." if heads else ""
     )
     reusing = ", ".join(one.method for one in summaries if one.reuses)
     reuse = f" What the frozen base makes the same in all runs was computed once for {reusing}." if reusing else ""
+    uneven = any(set(one.by_seed(columns)) != set(one.scores[c]) for one in summaries for c in columns if one.scores[c])
+    average = " An average is over the seeds that have all tasks." if _has_average(columns) and uneven else ""
     return (
-        f"Mean ± sample standard deviation over seeds; shares, accuracies and correlations in percent.{head} "
+        f"Mean ± sample standard deviation over seeds; shares, accuracies and correlations in percent.{average}{head} "
         f"A step: the median, wall time; to train: CPU time on a CPU, else wall time.{reuse}"
     )
 
