@@ -1,4 +1,4 @@
-"""Answers as a cloze: no end of turn, and compared by the letter."""
+"""Answers as a cloze: no end of turn, compared by the letter; GLUE by its own metrics."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +21,18 @@ def test_a_cloze_ends_nowhere() -> None:
     assert tokenizer.decode(ids) == item.response == " abababab"
     assert paper.response(item, item.response) == [*ids, tokenizer.eos_token_id]
     assert paper.items("arc_easy", [ROW])[0].response == "the correct answer is answer2"
+
+
+def test_glue_as_a_cloze_is_scored_by_its_own_metric(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = Words(tiny_tokenizer(chat=False), "cloze")
+    items = words.items("cola", [{"sentence1": "a", "sentence2": None, "label": label} for label in (0, 1, 1, 1)])
+    monkeypatch.setattr(scoring, "choice_scores", lambda *_: [[-1.0, -2.0], [-2.0, -1.0], [-2.0, -1.0], [-1.0, -2.0]])
+    setup: Any = SimpleNamespace(scoring=ScoringSection())
+    found = evaluate(None, words, "cola", items, None, setup)
+    assert found["accuracy"] == 0.75
+    assert found["matthews"] == pytest.approx((1 * 2 - 0 * 1) / (2 * 3 * 1 * 2) ** 0.5)
+    tokens = sum(len(words.response(item, item.response)) for item in items)
+    assert found["loss"] == pytest.approx((1 + 1 + 1 + 2) / tokens)
 
 
 def test_a_short_wrong_answer_wins_in_all_and_not_by_the_letter(monkeypatch: pytest.MonkeyPatch) -> None:

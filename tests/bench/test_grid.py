@@ -108,12 +108,15 @@ def test_settings_by_task_and_by_method() -> None:
         ({"rows": {"train": -5}}, "rows.train must be at least 1"),
         ({"train": {"lr_scheduler": "zigzag"}}, "lr_scheduler 'zigzag' is none of linear"),
         ({"train": {"head_lr": 0}}, "train.head_lr must be above 0, but is 0"),
-        ({"suite": "arithmetic", "train": {"head_lr": 1e-3}}, "a classifier's head, and arithmetic trains none"),
+        ({"suite": "arithmetic", "train": {"head_lr": 1e-3}}, "a classifier's head, and a language model has none"),
         ({"suite": "arithmetic", "train": {"keep": "best"}}, "keep: best is for GLUE"),
         ({"dtype": "float99"}, "no dtype of torch"),
         ({"attention": "eagre"}, "attention 'eagre' is none of eager, "),
         ({"scoring": {"generation": {"beams": 4}}}, "beams is no argument of transformers' generate"),
-        ({"suite": "arithmetic", "template": "cloze"}, "wording of the commonsense tasks; the suite is arithmetic"),
+        ({"suite": "arithmetic", "tasks": ["aqua"], "template": "cloze"}, "commonsense tasks and .*; aqua has none"),
+        ({"suite": "glue", "tasks": ["rte", "stsb"], "template": "cloze"}, "GLUE's classes; stsb has none"),
+        ({"tasks": ["rte"], "template": "cloze", "train": {"keep": "best"}}, "keep: best is for GLUE's classifiers"),
+        ({"tasks": ["rte"], "template": "cloze", "train": {"head_lr": 1e-3}}, "a language model has none"),
         ({"suite": "commonsense", "template": "cloze", "scoring": {"loglikelihood": False}}, "set loglikelihood: true"),
         ({"train": {"train_sampling_strategy": "sequential"}}, "train_sampling_strategy"),
         ({"seeds": [1, 1]}, "seeds names something twice"),
@@ -123,6 +126,16 @@ def test_settings_by_task_and_by_method() -> None:
 def test_mistakes(wrong: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         load_grid(wrong)
+
+
+def test_glue_as_a_cloze_is_a_language_models() -> None:
+    content = {"suite": "glue", "tasks": ["rte", "cola"], "methods": ["loreft", "lora", "base"], "seeds": [0]}
+    found = jobs(load_grid(content | {"template": "cloze"}))
+    assert {job.classifies for job in found} == {False}
+    assert {job.task for job in found} == {"rte", "cola"}  # one training a task, as always on GLUE
+    loreft = next(job.method for job in found if job.method.method == "loreft")
+    assert (loreft.options["positions"], loreft.options["r"]) == ("f7+l7", 8)
+    assert all(job.classifies for job in jobs(load_grid(content | {"methods": ["loreft"]})))
 
 
 def test_a_section_cannot_be_set_below_a_value() -> None:

@@ -120,6 +120,20 @@ def test_a_cloze_compares_the_answers_own_words(places: dict[str, str], tmp_path
     assert "accuracy_norm" in report([row])
 
 
+def test_glue_as_a_cloze_runs_on_a_language_model(places: dict[str, str], tmp_path: Path) -> None:
+    methods = ["base", {"method": "loreft", "lrs": [1e-2, 2e-2]}, {"method": "lora", "r": 2, "lrs": [1e-2]}]
+    content = {"suite": "glue", "tasks": ["rte"], "template": "cloze", "model": places["causal"], "seeds": [0]}
+    grid = load_grid(content | {"methods": methods, "train": TRAIN, "sweep": {"by": "score"}})
+    run_grid(grid, tmp_path, data=places["data"], say=silent)
+    rows = read_rows(tmp_path)
+    finals = {row["method"]: row for row in rows if row["stage"] == "final"}
+    assert set(finals) == {"base", "loreft", "lora"}
+    assert all(set(row["metrics"]["rte"]) == {"accuracy", "loss"} and row["head"] == 0 for row in finals.values())
+    assert all(0 <= row["selection"]["score"] <= 1 for row in rows if row["stage"] == "sweep")
+    assert finals["loreft"]["selection"]["loss"] < finals["base"]["selection"]["loss"]
+    assert {row["rows"]["rte"]["test"] for row in rows} == {8}  # half of validation, as a classifier's
+
+
 def test_the_halves_of_glue_move_with_the_seed_unless_they_are_fixed(places: dict[str, str], tmp_path: Path) -> None:
     methods = [{"method": "probe", "lrs": [1e-2]}]
     for name, rows, count in (("moving", {}, 2), ("fixed", {"split_seed": 0}, 1)):

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from reftune.bench.tasks import SUITES, TextTask, task
+from reftune.bench.tasks import SUITES, PairTask, TextTask, task
 
 QUESTION = {"context": "", "question": "A cactus stem stores", "choices": ["fruit", "liquid", "food"], "answer": 1}
 
@@ -142,6 +142,56 @@ def test_a_cloze_goes_on_in_the_answers_own_words(
     assert found.cloze is not None
     cloze = found.cloze(row)
     assert (cloze.prompt, cloze.choices, cloze.response) == (prompt, choices, choices[1])
+
+
+PAIR = {"sentence1": "It rains.", "sentence2": "It is wet"}
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "choices"),
+    [
+        ("cola", "It rains.\nQuestion: Does this sentence make sense?\nAnswer:", (" no", " yes")),
+        (
+            "sst2",
+            "It rains.\nQuestion: Is this sentence positive or negative?\nAnswer:",
+            (" negative", " positive"),
+        ),
+        (
+            "mrpc",
+            "Sentence 1: It rains.\nSentence 2: It is wet\nQuestion: Do both sentences mean the same thing?\nAnswer:",
+            (" no", " yes"),
+        ),
+        (
+            "qqp",
+            "Question 1: It rains.\nQuestion 2: It is wet\nQuestion: Do both questions ask the same thing?\nAnswer:",
+            (" no", " yes"),
+        ),
+        (
+            "mnli",
+            "It rains.\nQuestion: It is wet. True, False or Neither?\nAnswer:",
+            (" True", " Neither", " False"),
+        ),
+        (
+            "qnli",
+            "It rains.\nIt is wet\nQuestion: Does this response answer the question?\nAnswer:",
+            (" yes", " no"),
+        ),
+        ("rte", "It rains.\nQuestion: It is wet True or False?\nAnswer:", (" True", " False")),
+        ("wnli", "It rains.\nQuestion: It is wet True or False?\nAnswer:", (" False", " True")),
+    ],
+)
+def test_glue_as_a_cloze_has_a_word_for_each_class(name: str, prompt: str, choices: tuple[str, ...]) -> None:
+    found = task(name)
+    assert isinstance(found, PairTask)
+    assert found.cloze is not None
+    assert len(choices) == found.labels
+    for label, word in enumerate(choices):
+        cloze = found.cloze(PAIR | {"label": label})
+        assert (cloze.prompt, cloze.choices, cloze.response, cloze.index) == (prompt, choices, word, label)
+
+
+def test_only_a_score_has_no_words() -> None:
+    assert [name for name in SUITES["glue"] if getattr(task(name), "cloze", None) is None] == ["stsb"]
 
 
 def test_a_preference_pair_learns_the_chosen_and_keeps_the_rejected() -> None:

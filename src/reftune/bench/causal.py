@@ -1,4 +1,4 @@
-"""Commonsense, arithmetic and instruction following on a causal model: one training, then every task scored."""
+"""Text tasks on a causal model, GLUE as a cloze among them: one training, then every task scored."""
 
 import time
 from typing import Any
@@ -12,9 +12,9 @@ from reftune.models import load_model
 from . import scoring
 from .judge import make_judge, win_rate
 from .methods import Counts
-from .metrics import right
+from .metrics import glue_scores, right
 from .runs import Setup, train_method
-from .tasks import Item, TextTask, task
+from .tasks import Item, PairTask, TextTask, task
 from .tasks.base import LOSS
 from .tasks.instruct import WIN_RATE
 from .training import Fit
@@ -90,8 +90,7 @@ class Words:
     def items(self, name: str, rows: list[dict[str, Any]]) -> list[Item]:
         """The examples of a text task's rows."""
         found = task(name)
-        assert isinstance(found, TextTask)
-        if not self.cloze:
+        if isinstance(found, TextTask) and not self.cloze:
             return [found.item(row) for row in rows]
         assert found.cloze is not None  # see `check_values`
         return [found.cloze(row) for row in rows]
@@ -121,13 +120,13 @@ def evaluate(
 ) -> dict[str, float]:
     """All metrics of a task that the grid's scoring asks for."""
     found, how = task(name), setup.scoring
-    assert isinstance(found, TextTask)
     scores: dict[str, float] = {}
     prompts = [words.prompt(item) for item in examples]
-    pad_id = scoring.pad_of(words.tokenizer)
+    if isinstance(found, PairTask):
+        each, loss = _choose(model, words, prompts, examples, how.batch_size)
+        return {**glue_scores(name, _likeliest(each), [item.index for item in examples]), "loss": loss}
     if found.kind == "choice" and how.loglikelihood:
-        choices = [[words.response(item, text) for text in item.choices] for item in examples]
-        each = scoring.choice_scores(model, prompts, choices, pad_id, how.batch_size)
+        each, scores["loss"] = _choose(model, words, prompts, examples, how.batch_size)
         scores["accuracy_ll"] = _share_right(each, examples)
         if words.cloze:  # by the letter, as lm-evaluation-harness's acc_norm: the sum over tokens favours short answers
             lengths = [[len(text.strip()) for text in item.choices] for item in examples]
@@ -135,8 +134,6 @@ def evaluate(
                 [s / max(1, n) for s, n in zip(row, ns, strict=True)] for row, ns in zip(each, lengths, strict=True)
             ]
             scores["accuracy_norm"] = _share_right(shared, examples)
-        golds = [(row[i.index], len(ids[i.index])) for row, i, ids in zip(each, examples, choices, strict=True)]
-        scores["loss"] = -sum(total for total, _ in golds) / sum(count for _, count in golds)
     else:
         scores["loss"] = mean_loss(model, words, examples, collator, setup)
     if examples[0].rejected is not None:
@@ -160,9 +157,22 @@ def evaluate(
     return scores
 
 
+def _choose(
+    model: Any, words: Words, prompts: list[list[int]], examples: list[Item], batch_size: int
+) -> tuple[list[list[float]], float]:
+    """The log-likelihoods of every example's choices, and the loss of a token of the right ones."""
+    choices = [[words.response(item, text) for text in item.choices] for item in examples]
+    each = scoring.choice_scores(model, prompts, choices, scoring.pad_of(words.tokenizer), batch_size)
+    golds = [(row[i.index], len(ids[i.index])) for row, i, ids in zip(each, examples, choices, strict=True)]
+    return each, -sum(total for total, _ in golds) / sum(count for _, count in golds)
+
+
+def _likeliest(scores: list[list[float]]) -> list[int]:
+    return [max(range(len(row)), key=row.__getitem__) for row in scores]
+
+
 def _share_right(scores: list[list[float]], examples: list[Item]) -> float:
-    best = [max(range(len(row)), key=row.__getitem__) for row in scores]
-    return sum(b == item.index for b, item in zip(best, examples, strict=True)) / len(examples)
+    return sum(b == item.index for b, item in zip(_likeliest(scores), examples, strict=True)) / len(examples)
 
 
 def mean_loss(model: Any, words: Words, examples: list[Item], collator: Any, setup: Setup) -> float:

@@ -55,8 +55,8 @@ def _budget(where: str, values: Mapping[str, Any], grid: "Grid") -> None:
     known = [kind.value for kind in SchedulerType]
     if values["lr_scheduler"] not in known:
         raise RecipeError(f"{where}.lr_scheduler {values['lr_scheduler']!r} is none of {', '.join(known)}.")
-    if values["keep"] == "best" and grid.suite != "glue":
-        raise RecipeError(f"{where}.keep: best is for GLUE, whose selection rows have a score after every epoch.")
+    if values["keep"] == "best" and (grid.suite != "glue" or grid.template == "cloze"):
+        raise RecipeError(f"{where}.keep: best is for GLUE's classifiers, which are scored after every epoch.")
 
 
 def _names(grid: "Grid") -> None:
@@ -70,8 +70,12 @@ def _names(grid: "Grid") -> None:
     if grid.attention is not None and grid.attention not in ways and "/" not in grid.attention:  # a kernel of the hub
         raise RecipeError(f"attention {grid.attention!r} is none of {', '.join(ways)}.")
     if grid.template == "cloze":
-        if any(getattr(task(name), "cloze", None) is None for name in grid.tasks or SUITES[grid.suite]):
-            raise RecipeError(f"template: cloze is a wording of the commonsense tasks; the suite is {grid.suite}.")
+        lacking = [n for n in grid.tasks or SUITES[grid.suite] if getattr(task(n), "cloze", None) is None]
+        if lacking:
+            raise RecipeError(
+                "template: cloze is a wording of the commonsense tasks and of GLUE's classes; "
+                f"{', '.join(lacking)} has none."
+            )
         if not grid.scoring.loglikelihood:
             raise RecipeError("template: cloze compares likelihoods and nothing is generated: set loglikelihood: true.")
     unknown = set(grid.scoring.generation) - set(vars(GenerationConfig()))
@@ -95,10 +99,10 @@ def check_methods(found: "Iterable[Job]") -> None:
     """Raise RecipeError for settings that a method's own config refuses, or a budget that is none."""
     for job in found:
         _least("train", job.settings["train"], f"train of {job.method.name}")
-        if job.settings["train"]["head_lr"] is not None and job.suite != "glue":
-            raise RecipeError(f"train.head_lr is the rate of a classifier's head, and {job.suite} trains none.")
+        if job.settings["train"]["head_lr"] is not None and not job.classifies:
+            raise RecipeError("train.head_lr is the rate of a classifier's head, and a language model has none.")
         try:
-            configuration(job.method, head=["classifier"] if job.suite == "glue" else [], steps=100)
+            configuration(job.method, head=["classifier"] if job.classifies else [], steps=100)
         except (TypeError, ValueError) as error:
             said = str(error).replace("__init__() got an unexpected keyword argument", "has no setting")
             raise RecipeError(f"The method {job.method.name} ({job.task}): {said}") from error

@@ -119,6 +119,11 @@ class Job:
         """The task's name, or "a+b+c" of a joint run."""
         return "+".join(self.tasks)
 
+    @property
+    def classifies(self) -> bool:
+        """Whether a classifier with a new head runs it (GLUE but as a cloze), not a language model by its words."""
+        return self.suite == "glue" and self.settings["template"] != "cloze"
+
     def spec(self) -> dict[str, Any]:
         """Everything that decides the result, as plain data; of a sweep's run not the other rates of its sweep, so that
         a wider one keeps what is done."""
@@ -175,7 +180,8 @@ def load_grid(source: str | Path | Mapping[str, Any], overrides: Mapping[str, An
         if len(set(values)) < len(values):
             raise RecipeError(f"{name} names something twice: {values}.")
     check_values(grid)
-    if grid.suite == "glue" and any(resolve(m, "glue", grid.reft).method == "base" for m in grid.methods):
+    classifies = grid.suite == "glue" and grid.template != "cloze"
+    if classifies and any(resolve(m, "glue", grid.reft).method == "base" for m in grid.methods):
         raise RecipeError("The untouched base has no head for GLUE, so it has no score there: use probe instead.")
     check_methods({json.dumps(j.method.to_dict(), sort_keys=True, default=str): j for j in jobs(grid)}.values())
     return grid
@@ -234,7 +240,8 @@ def _methods(grid: Grid, evaluated: tuple[str, ...]) -> list[tuple[Method, dict[
     _known(BudgetSection, budget, "per_task.train")
     found = []
     for entry in grid.methods:
-        method = resolve(entry, grid.suite, grid.reft | own)
+        suite = "commonsense" if grid.template == "cloze" else grid.suite  # whose settings are for language models
+        method = resolve(entry, suite, grid.reft | own)
         if lrs is not None and is_reft(method.method) and not (isinstance(entry, Mapping) and "lrs" in entry):
             method = dataclasses.replace(method, lrs=rates(lrs, f"per_task.{evaluated[0]}"))
         _known(BudgetSection, method.train, f"train of {method.name}")

@@ -69,7 +69,7 @@ def run_job(
     }
     scoring = from_dict(ScoringSection, s["scoring"])
     setup = Setup(job, lr or 0.0, rows, train, scoring, parts, work, keep, data, kept)
-    if job.suite == "glue":
+    if job.classifies:
         from .classify import run
     else:
         from .causal import run

@@ -1,7 +1,7 @@
 """What a task is: how a row of data becomes something to read and to answer, and how answers are scored.
 
-A `TextTask` is answered in words by a causal language model, a `PairTask` (GLUE) by a classifier on an encoder. Rows
-are plain dicts in the layout of the data folder (see `reftune.bench.data`), whatever they were read from.
+A `TextTask` is answered in words by a causal language model, a `PairTask` (GLUE) by a classifier, or in words too, as a
+cloze. Rows are plain dicts in the layout of the data folder (see `reftune.bench.data`), whatever they were read from.
 """
 
 from collections.abc import Callable, Mapping
@@ -76,6 +76,7 @@ class PairTask:
     metrics: tuple[Metric, ...]
     hub: Hub | None = None
     trains: bool = True
+    cloze: Callable[[Row], Item] | None = None  # its choices are the classes in order; None: a score has no words
 
 
 Task = TextTask | PairTask
