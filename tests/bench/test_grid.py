@@ -115,6 +115,11 @@ def test_settings_by_task_and_by_method() -> None:
         ({"scoring": {"generation": {"beams": 4}}}, "beams is no argument of transformers' generate"),
         ({"suite": "arithmetic", "tasks": ["aqua"], "template": "cloze"}, "commonsense tasks and .*; aqua has none"),
         ({"suite": "glue", "tasks": ["rte", "stsb"], "template": "cloze"}, "GLUE's classes; stsb has none"),
+        (
+            {"tasks": ["rte"], "template": "cloze", "model": "minilm-l6"},
+            "is an encoder, which classifies; answers in words",
+        ),
+        ({"suite": "arithmetic", "model": "minilm-l6"}, "is an encoder, which classifies; answers in words"),
         ({"tasks": ["rte"], "template": "cloze", "train": {"keep": "best"}}, "keep: best is for GLUE's classifiers"),
         ({"tasks": ["rte"], "template": "cloze", "train": {"head_lr": 1e-3}}, "a language model has none"),
         ({"suite": "commonsense", "template": "cloze", "scoring": {"loglikelihood": False}}, "set loglikelihood: true"),

@@ -14,6 +14,7 @@ from reftune.train.recipe_file import RecipeError
 from .data import load_rows, split
 from .judge import check_judge
 from .methods import configuration
+from .models import ENCODER
 from .tasks import SUITES, task
 from .tasks.instruct import WIN_RATE
 
@@ -66,6 +67,8 @@ def _names(grid: "Grid") -> None:
 
     if grid.dtype is not None and not isinstance(getattr(torch, grid.dtype, None), torch.dtype):
         raise RecipeError(f"dtype {grid.dtype!r} is no dtype of torch, such as float32 or bfloat16.")
+    if grid.model == ENCODER and (grid.suite != "glue" or grid.template == "cloze"):
+        raise RecipeError(f"model {ENCODER} is an encoder, which classifies; answers in words want a language model.")
     ways = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
     if grid.attention is not None and grid.attention not in ways and "/" not in grid.attention:  # a kernel of the hub
         raise RecipeError(f"attention {grid.attention!r} is none of {', '.join(ways)}.")
