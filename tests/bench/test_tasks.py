@@ -190,6 +190,16 @@ def test_glue_as_a_cloze_has_a_word_for_each_class(name: str, prompt: str, choic
         assert (cloze.prompt, cloze.choices, cloze.response, cloze.index) == (prompt, choices, word, label)
 
 
+def test_a_hypothesis_of_mnli_ends_with_one_full_stop() -> None:
+    found = task("mnli")
+    assert isinstance(found, PairTask)
+    assert found.cloze is not None
+    prompts = {
+        found.cloze({"sentence1": "a", "sentence2": text, "label": 0}).prompt for text in ("It is wet", "It is wet. ")
+    }
+    assert prompts == {"a\nQuestion: It is wet. True, False or Neither?\nAnswer:"}
+
+
 def test_only_a_score_has_no_words() -> None:
     assert [name for name in SUITES["glue"] if getattr(task(name), "cloze", None) is None] == ["stsb"]
 

@@ -56,7 +56,7 @@ def _budget(where: str, values: Mapping[str, Any], grid: "Grid") -> None:
     known = [kind.value for kind in SchedulerType]
     if values["lr_scheduler"] not in known:
         raise RecipeError(f"{where}.lr_scheduler {values['lr_scheduler']!r} is none of {', '.join(known)}.")
-    if values["keep"] == "best" and (grid.suite != "glue" or grid.template == "cloze"):
+    if values["keep"] == "best" and not grid.classifies:
         raise RecipeError(f"{where}.keep: best is for GLUE's classifiers, which are scored after every epoch.")
 
 
@@ -67,7 +67,7 @@ def _names(grid: "Grid") -> None:
 
     if grid.dtype is not None and not isinstance(getattr(torch, grid.dtype, None), torch.dtype):
         raise RecipeError(f"dtype {grid.dtype!r} is no dtype of torch, such as float32 or bfloat16.")
-    if grid.model == ENCODER and (grid.suite != "glue" or grid.template == "cloze"):
+    if grid.model == ENCODER and not grid.classifies:
         raise RecipeError(f"model {ENCODER} is an encoder, which classifies; answers in words want a language model.")
     ways = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
     if grid.attention is not None and grid.attention not in ways and "/" not in grid.attention:  # a kernel of the hub

@@ -99,6 +99,11 @@ class Grid:
     # task: {train: {...} for all methods; lrs: and settings of the ReFT kinds}; for suites that train once a task
     per_task: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def classifies(self) -> bool:
+        """Whether classifiers with a new head run it (GLUE but as a cloze), not a language model by its words."""
+        return self.suite == "glue" and self.template != "cloze"
+
 
 @dataclass(frozen=True)
 class Job:
@@ -121,7 +126,7 @@ class Job:
 
     @property
     def classifies(self) -> bool:
-        """Whether a classifier with a new head runs it (GLUE but as a cloze), not a language model by its words."""
+        """As `Grid.classifies`."""
         return self.suite == "glue" and self.settings["template"] != "cloze"
 
     def spec(self) -> dict[str, Any]:
@@ -180,8 +185,7 @@ def load_grid(source: str | Path | Mapping[str, Any], overrides: Mapping[str, An
         if len(set(values)) < len(values):
             raise RecipeError(f"{name} names something twice: {values}.")
     check_values(grid)
-    classifies = grid.suite == "glue" and grid.template != "cloze"
-    if classifies and any(resolve(m, "glue", grid.reft).method == "base" for m in grid.methods):
+    if grid.classifies and any(resolve(m, "glue", grid.reft).method == "base" for m in grid.methods):
         raise RecipeError("The untouched base has no head for GLUE, so it has no score there: use probe instead.")
     check_methods({json.dumps(j.method.to_dict(), sort_keys=True, default=str): j for j in jobs(grid)}.values())
     return grid
