@@ -121,6 +121,11 @@ def test_settings_by_task_and_by_method() -> None:
         ),
         ({"suite": "arithmetic", "model": "minilm-l6"}, "is an encoder, which classifies; answers in words"),
         ({"tasks": ["rte"], "template": "cloze", "train": {"keep": "best"}}, "keep: best is for GLUE's classifiers"),
+        (
+            {"suite": "arithmetic", "methods": [{"method": "lora", "train": {"keep": "best"}}]},
+            "train of lora.keep: best",
+        ),
+        ({"methods": [{"method": "lora", "train": {"lr_scheduler": "zigzag"}}]}, "train of lora.lr_scheduler 'zigzag'"),
         ({"tasks": ["rte"], "template": "cloze", "train": {"head_lr": 1e-3}}, "a language model has none"),
         ({"suite": "commonsense", "template": "cloze", "scoring": {"loglikelihood": False}}, "set loglikelihood: true"),
         ({"train": {"train_sampling_strategy": "sequential"}}, "train_sampling_strategy"),

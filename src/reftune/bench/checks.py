@@ -37,7 +37,7 @@ def check_values(grid: "Grid") -> None:
     """Raise RecipeError for a value that no run could use."""
     for section in _LEAST:
         _least(section, vars(getattr(grid, section)))
-    _budget("train", vars(grid.train), grid)
+    _budget("train", vars(grid.train), grid.classifies)
     _names(grid)
     _per_task(grid)
 
@@ -50,13 +50,13 @@ def _least(section: str, values: Mapping[str, Any], where: str | None = None) ->
             raise RecipeError(f"{where or section}.{key} must be {said}, but is {value!r}.")
 
 
-def _budget(where: str, values: Mapping[str, Any], grid: "Grid") -> None:
+def _budget(where: str, values: Mapping[str, Any], classifies: bool) -> None:
     from transformers import SchedulerType
 
     known = [kind.value for kind in SchedulerType]
     if values["lr_scheduler"] not in known:
         raise RecipeError(f"{where}.lr_scheduler {values['lr_scheduler']!r} is none of {', '.join(known)}.")
-    if values["keep"] == "best" and not grid.classifies:
+    if values["keep"] == "best" and not classifies:
         raise RecipeError(f"{where}.keep: best is for GLUE's classifiers, which are scored after every epoch.")
 
 
@@ -101,7 +101,9 @@ def _per_task(grid: "Grid") -> None:
 def check_methods(found: "Iterable[Job]") -> None:
     """Raise RecipeError for settings that a method's own config refuses, or a budget that is none."""
     for job in found:
-        _least("train", job.settings["train"], f"train of {job.method.name}")
+        where = f"train of {job.method.name}"
+        _least("train", job.settings["train"], where)
+        _budget(where, job.settings["train"], job.classifies)
         if job.settings["train"]["head_lr"] is not None and not job.classifies:
             raise RecipeError("train.head_lr is the rate of a classifier's head, and a language model has none.")
         try:
