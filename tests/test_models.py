@@ -13,6 +13,7 @@ from tests.tiny_chat import save_tiny, tiny_model, write_gguf
 from transformers import (
     AutoTokenizer,
     BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
@@ -164,6 +165,15 @@ def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match="holds an adapter"):
         load_model(str(tmp_path))
+
+
+def test_an_encoder_is_refused_unless_it_was_trained_to_go_on_with_a_text(tmp_path: Path) -> None:
+    save_tiny(tmp_path)  # for the tokenizer
+    size = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    BertForMaskedLM(BertConfig(**size, intermediate_size=32)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"holds a bert, an encoder.*is_decoder=True"):
+        load_model(str(tmp_path))
+    assert load_model(str(tmp_path), is_decoder=True)[0].config.is_decoder
 
 
 def test_the_bundled_name_without_package_and_hub_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

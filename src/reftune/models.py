@@ -33,6 +33,7 @@ def load_model(name: str, *, dtype: Any = None, device_map: Any = None, **kwargs
         FileNotFoundError: a path that does not exist, or a directory without a model in it.
         OSError: the hub's own error for an id that it does not have, or cannot reach.
         ImportError: a GGUF file, and the package `gguf` is not installed.
+        ValueError: an encoder (a BERT), which transformers would load as a language model that sees its own answers.
     """
     source, shown = _resolve(str(name))
     return _load(source, shown, dtype=dtype, device_map=device_map, **kwargs)
@@ -182,7 +183,21 @@ def _load(source: str, shown: str, *, dtype: Any, device_map: Any, **kwargs: Any
     else:
         tokenizer = AutoTokenizer.from_pretrained(source, **hub)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map=device_map, **kwargs)
+    _check_reads_on(model, shown)
     # What PEFT writes as base_model_name_or_path: a name that load_model takes again, on this machine or another,
     # and not the cache directory behind it.
     model.name_or_path = model.config._name_or_path = tokenizer.name_or_path = shown
     return model, tokenizer
+
+
+def _check_reads_on(model: Any, shown: str) -> None:
+    """transformers makes a language model of a BERT, too, with one line of warning: each token then sees its answer."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    config = model.config
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and getattr(config, "is_decoder", None) is False:
+        raise ValueError(
+            f"{shown} holds a {config.model_type}, an encoder: every token sees those after it, so it cannot go "
+            "on with a text. Give a causal language model; pass is_decoder=True if this one was trained as one; for a "
+            "classifier load it with AutoModelForSequenceClassification and call get_reft_model on that."
+        )
