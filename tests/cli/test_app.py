@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import reftune.cli
 from reftune.cli.app import app
 from reftune.cli.flags import overrides
+from reftune.interventions import INTERVENTIONS
 from reftune.train import RecipeError, load_recipe
 from reftune.train.recipe_file import recipe_keys
 
@@ -38,6 +39,42 @@ def test_train_takes_every_key_as_a_flag_and_says_how_to_chat(trained: tuple[Pat
     help_text = CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "200", "TERM": "dumb"}).output
     for _, item in recipe_keys():
         assert "--" + (item.metadata["flag"] or item.name).replace("_", "-") in help_text
+
+
+def test_a_kind_of_ones_own_is_known_to_every_verb(
+    trained: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(tmp_path))])
+    Path("my_kinds.py").write_text(
+        "import torch, reftune\n"
+        '@reftune.register_intervention("my_shift")\n'
+        "class MyShift(reftune.Intervention):\n"
+        "    has_rank = False\n"
+        "    def reset_parameters(self):\n"
+        "        self.b = torch.nn.Parameter(torch.zeros(self.embed_dim))\n"
+        "    def delta(self, h, segments=None):\n"
+        "        return self.b.expand_as(h)\n"
+    )
+    recipe, out = str(trained[0] / "recipe.yaml"), str(tmp_path / "out")
+    command = ["train", recipe, "--intervention", "my_shift", "--output-dir", out]
+    try:
+        unknown = CliRunner().invoke(app, command)
+        assert "my_shift" in str(unknown.exception)
+        done = CliRunner().invoke(app, ["--import", "my_kinds", *command], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        answer = CliRunner().invoke(app, ["--import", "my_kinds", "generate", "--adapter", out, "hi"])
+        assert answer.exit_code == 0, answer.output
+    finally:
+        INTERVENTIONS.pop("my_shift", None)
+        sys.modules.pop("my_kinds", None)
+
+
+@pytest.mark.parametrize("name", ["not_there", "my_kinds.py", "kinds/mine.py"])
+def test_what_cannot_be_imported_is_said(name: str) -> None:
+    result = CliRunner().invoke(app, ["--import", name, "info", "nowhere"])
+    assert isinstance(result.exception, ImportError)
+    assert f"--import {name}" in str(result.exception)
 
 
 def test_flags_have_one_name_each() -> None:

@@ -1,6 +1,7 @@
 """`reftune bench`: what the verbs print and leave behind."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 
 from reftune.cli.app import app
 from reftune.cli.bench import overrides
+from reftune.interventions import INTERVENTIONS
 
 
 def call(*arguments: str) -> Any:
@@ -60,6 +62,30 @@ def test_a_grid_from_the_command_line_to_a_report(tmp_path: Path) -> None:
     failed = call("run", str(grid), "--out", out, "--data", data)
     assert failed.exit_code == 1
     assert "FAILED" in failed.output
+
+
+def test_a_kind_of_ones_own_is_a_method_once_its_module_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    Path("my_kinds.py").write_text(
+        "import reftune\n"
+        '@reftune.register_intervention("my_noreft")\n'
+        "class MyNoreft(reftune.NoreftIntervention): pass\n"
+    )
+    grid = {"suite": "glue", "tasks": ["rte"], "seeds": [0], "methods": [{"method": "my_noreft", "lrs": [0.01]}]}
+    Path("grid.yaml").write_text(json.dumps(grid))
+    data, model = str(tiny_data(tmp_path / "data")), str(tiny_encoder(tmp_path / "encoder"))
+    command = ["run", "grid.yaml", "--out", "out", "--data", data, "--model", model, "--dry-run"]
+    try:
+        assert "my_noreft" in str(call(*command).exception)
+        planned = CliRunner().invoke(app, ["--import", "my_kinds", "bench", *command])
+        assert planned.exit_code == 0, planned.output
+        assert "rte-my_noreft-s0-final" in planned.stdout
+    finally:
+        INTERVENTIONS.pop("my_noreft", None)
+        sys.modules.pop("my_kinds", None)
 
 
 def test_list_names_everything() -> None:

@@ -1,5 +1,8 @@
 """The Typer app: one verb a function, each a few lines over the function that does the work."""
 
+import importlib
+import os
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -23,6 +26,26 @@ ModelOption = Annotated[
 ]
 TokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")]
 TemperatureOption = Annotated[float, typer.Option("--temperature", min=0.0, help="0: greedy.")]
+
+
+@app.callback()
+def before(
+    import_: Annotated[
+        list[str] | None,
+        typer.Option("--import", metavar="MODULE", help="Import first: it registers interventions of your own."),
+    ] = None,
+) -> None:
+    """Import what the verbs are to know, from the working directory too, as `python -m` would."""
+    if import_ and not {"", os.getcwd()} & set(sys.path):
+        sys.path.append(os.getcwd())
+    for name in import_ or []:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            hint = " (a module's name has dots and no .py)" if name.endswith(".py") or "/" in name else ""
+            raise ImportError(
+                f"--import {name}: {error}{hint}. Python looks in its path and in {os.getcwd()}."
+            ) from error
 
 
 @app.command()
