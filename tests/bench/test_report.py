@@ -125,6 +125,13 @@ def test_runs_of_different_grids_are_not_averaged() -> None:
     other = {"model": "minilm-l6", "suite": "glue", "train": {**rows()[0]["spec"]["train"], "steps": 30, "new": 1}}
     with pytest.raises(ValueError, match=r"loreft has runs of different settings on rte.*train.steps 10 and 30"):
         report([*rows(), row("loreft", "rte", 2, {"rte": {"accuracy": 0.6}}, spec=other)])
+    spec = rows()[0]["spec"]
+    without = spec | {"train": spec["train"] | {"disable_dropout": True}}  # named where it is on alone
+    odd = row("loreft", "rte", 2, {"rte": {"accuracy": 0.6}}, spec=without)
+    with pytest.raises(ValueError, match=r"different settings on rte.*train.disable_dropout False and True"):
+        report([*rows(), odd])
+    with pytest.raises(ValueError, match=r"different settings on rte.*train.disable_dropout True and False"):
+        report([odd, *rows()])
     seen = {"rte": {"train": 100, "select": 10, "test": 20, "digest": "y"}}
     with pytest.raises(ValueError, match="red had other rows of rte than another method with seed 1"):
         report([*rows(), row("red", "rte", 1, {"rte": {"accuracy": 0.6}}, rows=seen)])

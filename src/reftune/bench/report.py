@@ -3,6 +3,7 @@
 print(report(read_rows("runs/glue")))
 """
 
+import dataclasses
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 from .about import about
 from .epochs import by_epoch
+from .grid import Grid
 from .markdown import table
 from .rates import short, tried
 from .tasks import task
@@ -171,15 +173,17 @@ def _agree(rows: Sequence[dict[str, Any]]) -> None:
     """Refuse to average over runs of different grids that were written to one directory."""
     settings: dict[Any, Any] = {}
     digests: dict[Any, Any] = {}
+    usual = _flat(dataclasses.asdict(Grid()))
     for row in rows:
         if row["stage"] != "final":
             continue
         own = _flat({k: v for k, v in row["spec"].items() if k not in ("seed", "lr", "tasks", "train_tasks")})
         first = settings.setdefault((row["task"], row["method"]), own)
-        # a setting that only newer rows name was the same before it had a name
-        differ = [key for key in own if key in first and first[key] != own[key]]
+        pairs = {key: (first.get(key, usual.get(key)), own.get(key, usual.get(key))) for key in [*first, *own]}
+        # what a row does not name was as the grid's default before it had a name; of what else, nothing is known
+        differ = [key for key, (a, b) in pairs.items() if a != b and (key in usual or key in first.keys() & own.keys())]
         if differ:
-            shown = "; ".join(f"{key} {first[key]!r} and {own[key]!r}" for key in differ[:3])
+            shown = "; ".join("{} {!r} and {!r}".format(key, *pairs[key]) for key in differ[:3])
             raise ValueError(
                 f"{row['method']} has runs of different settings on {row['task']} here: {shown}. "
                 "Give each grid an --out of its own, and remove the rows that do not belong."
