@@ -125,16 +125,40 @@ def test_runs_of_different_grids_are_not_averaged() -> None:
     other = {"model": "minilm-l6", "suite": "glue", "train": {**rows()[0]["spec"]["train"], "steps": 30, "new": 1}}
     with pytest.raises(ValueError, match=r"loreft has runs of different settings on rte.*train.steps 10 and 30"):
         report([*rows(), row("loreft", "rte", 2, {"rte": {"accuracy": 0.6}}, spec=other)])
-    spec = rows()[0]["spec"]
-    without = spec | {"train": spec["train"] | {"disable_dropout": True}}  # named where it is on alone
-    odd = row("loreft", "rte", 2, {"rte": {"accuracy": 0.6}}, spec=without)
-    with pytest.raises(ValueError, match=r"different settings on rte.*train.disable_dropout False and True"):
-        report([*rows(), odd])
-    with pytest.raises(ValueError, match=r"different settings on rte.*train.disable_dropout True and False"):
-        report([odd, *rows()])
     seen = {"rte": {"train": 100, "select": 10, "test": 20, "digest": "y"}}
     with pytest.raises(ValueError, match="red had other rows of rte than another method with seed 1"):
         report([*rows(), row("red", "rte", 1, {"rte": {"accuracy": 0.6}}, rows=seen)])
+
+
+@pytest.mark.parametrize(
+    ("more", "key", "without", "named"),
+    [
+        ({"train": {"disable_dropout": True}}, "train.disable_dropout", "False", "True"),
+        ({"method": {"init_rows": 32}}, "method.init_rows", "0", "32"),
+        ({"method": {"options": {"r": 2}}}, "method.options.r", "None", "2"),
+        ({"scoring": {"judge": {"reward_model": "x"}}}, "scoring.judge.reward_model", "None", "'x'"),
+    ],
+)
+def test_a_setting_that_one_row_alone_names_tells_runs_apart(
+    more: dict[str, Any], key: str, without: str, named: str
+) -> None:
+    spec = rows()[0]["spec"]
+    spec |= {section: spec.get(section, {}) | values for section, values in more.items()}
+    odd = row("loreft", "rte", 2, {"rte": {"accuracy": 0.6}}, spec=spec)
+    with pytest.raises(ValueError, match=f"different settings on rte.*{key} {without} and {named}"):
+        report([*rows(), odd])
+    with pytest.raises(ValueError, match=f"different settings on rte.*{key} {named} and {without}"):
+        report([odd, *rows()])
+
+
+def test_a_setting_at_its_default_is_the_same_named_or_not() -> None:
+    spec = rows()[0]["spec"]
+    newer = spec | {
+        "train": spec["train"] | {"disable_dropout": False},
+        "template": "paper",
+        "method": {"init_rows": 0},
+    }
+    assert "| 61.0 ± 1.0 |" in report([*rows(), row("loreft", "rte", 2, {"rte": {"accuracy": 0.61}}, spec=newer)])
 
 
 def test_the_methods_that_reused_the_frozen_base_are_named() -> None:

@@ -75,6 +75,7 @@ def test_what_cannot_be_imported_is_said(name: str) -> None:
     result = CliRunner().invoke(app, ["--import", name, "info", "nowhere"])
     assert isinstance(result.exception, ImportError)
     assert f"--import {name}" in str(result.exception)
+    assert ("no .py" in str(result.exception)) == (name != "not_there")
 
 
 def test_flags_have_one_name_each() -> None:

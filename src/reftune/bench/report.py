@@ -14,6 +14,7 @@ from .about import about
 from .epochs import by_epoch
 from .grid import Grid
 from .markdown import table
+from .methods import Method
 from .rates import short, tried
 from .tasks import task
 from .wider import current
@@ -173,17 +174,17 @@ def _agree(rows: Sequence[dict[str, Any]]) -> None:
     """Refuse to average over runs of different grids that were written to one directory."""
     settings: dict[Any, Any] = {}
     digests: dict[Any, Any] = {}
-    usual = _flat(dataclasses.asdict(Grid()))
+    # what a row does not name was at its default, and mostly before it had a name
+    usual = _flat(dataclasses.asdict(Grid()) | {"method": dataclasses.asdict(Method("", "", ()))})
     for row in rows:
         if row["stage"] != "final":
             continue
-        own = _flat({k: v for k, v in row["spec"].items() if k not in ("seed", "lr", "tasks", "train_tasks")})
+        spec = {k: v for k, v in row["spec"].items() if k not in ("seed", "lr", "tasks", "train_tasks")}
+        own = usual | _flat(spec)
         first = settings.setdefault((row["task"], row["method"]), own)
-        pairs = {key: (first.get(key, usual.get(key)), own.get(key, usual.get(key))) for key in [*first, *own]}
-        # what a row does not name was as the grid's default before it had a name; of what else, nothing is known
-        differ = [key for key, (a, b) in pairs.items() if a != b and (key in usual or key in first.keys() & own.keys())]
+        differ = [key for key in first | own if first.get(key) != own.get(key)]
         if differ:
-            shown = "; ".join("{} {!r} and {!r}".format(key, *pairs[key]) for key in differ[:3])
+            shown = "; ".join(f"{key} {first.get(key)!r} and {own.get(key)!r}" for key in differ[:3])
             raise ValueError(
                 f"{row['method']} has runs of different settings on {row['task']} here: {shown}. "
                 "Give each grid an --out of its own, and remove the rows that do not belong."
