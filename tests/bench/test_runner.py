@@ -169,6 +169,13 @@ def test_what_a_grid_lacks_is_said_before_the_first_run(places: dict[str, str], 
     judge = {"scoring": {"judge": {"url": "u", "model": "m", "key_env": "NO_SUCH_KEY"}}}
     with pytest.raises(ValueError, match=r"\$NO_SUCH_KEY"):
         run_grid(load_grid(content | judge), tmp_path, data=places["data"])
+    alpaca = {"suite": "instruct", "tasks": ["alpaca"]}
+    with pytest.raises(ValueError, match="holds a bert, an encoder"):
+        run_grid(load_grid(alpaca | {"model": places["encoder"]}), tmp_path, data=places["data"])
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+        run_grid(load_grid(alpaca | {"model": str(tmp_path)}), tmp_path, data=places["data"])
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+        run_grid(glue(places | {"encoder": str(tmp_path)}), tmp_path, data=places["data"])
     assert not list((tmp_path / "rows").glob("*"))
 
 

@@ -59,9 +59,13 @@ def test_a_grid_from_the_command_line_to_a_report(tmp_path: Path) -> None:
     together = call("report", out, str(tmp_path / "docs"))
     assert all(f"| {method} |" in together.stdout for method in ("loreft", "probe", "full"))
     assert "| loreft | 66 |" in together.stdout
-    failed = call("run", str(grid), "--out", out, "--data", data)
+    nowhere = call("run", str(grid), "--out", out, "--data", data)
+    assert isinstance(nowhere.exception, OSError)  # said as an error of one line, before the first run
+    assert "FAILED" not in nowhere.output
+    unknown = "methods=[{method: lora, target_modules: [nothing], lrs: [0.01]}]"
+    failed = call("run", str(grid), *options, "--set", unknown)
     assert failed.exit_code == 1
-    assert "FAILED" in failed.output
+    assert "FAILED rte-lora" in failed.output
 
 
 def test_a_kind_of_ones_own_is_a_method_once_its_module_is_imported(

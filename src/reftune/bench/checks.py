@@ -9,12 +9,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reftune.models import check_model
 from reftune.train.recipe_file import RecipeError
 
 from .data import load_rows, split
 from .judge import check_judge
 from .methods import configuration
-from .models import ENCODER
+from .models import ENCODER, encoder_source
 from .tasks import SUITES, task
 from .tasks.instruct import WIN_RATE
 
@@ -114,7 +115,9 @@ def check_methods(found: "Iterable[Job]") -> None:
 
 
 def check_grounds(grid: "Grid", folder: Path | None) -> None:
-    """Raise what would otherwise be raised after training: rows that are not there, a judge without its key ..."""
+    """Raise what would otherwise be raised by each run, or after training: no such model, an encoder where answers are
+    in words, rows that are not there, a judge without its key ..."""
+    check_model(encoder_source(grid.model), causal=not grid.classifies)
     names = dict.fromkeys([*(grid.tasks or SUITES[grid.suite]), *(grid.train_tasks or ())])
     if grid.suite == "glue":
         for package in ("sklearn", "scipy"):
