@@ -58,6 +58,13 @@ def test_the_table_has_means_spreads_parameters_and_averages() -> None:
     assert "\n\n† the best of the sweep lies at its end" in text
 
 
+def test_heads_of_several_sizes_are_all_told() -> None:
+    made = rows()
+    for one in made:
+        one["head"] = 385 if one["task"] == "rte" else 770
+    assert "train the head too (385 to 770 numbers, by task), not counted" in report(made)
+
+
 def test_values_of_every_seed_are_shown_where_there_are_several() -> None:
     text = report([r for r in rows() if (r["method"], r["task"], r["seed"]) != ("lora", "cola", 1)])
     assert "## Seeds\n\n| task | method | seed 0 | seed 1 |" in text

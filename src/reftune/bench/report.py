@@ -26,7 +26,7 @@ class Summary:
 
     method: str
     trainable: int = 0
-    head: int = 0
+    heads: set[int] = field(default_factory=set)  # numbers of a classifier's head, which go with the task's classes
     scores: dict[tuple[str, str], dict[int, float]] = field(default_factory=lambda: defaultdict(dict))
     seconds: list[float] = field(default_factory=list)
     step: list[float] = field(default_factory=list)
@@ -48,7 +48,8 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[Summary]:
         if row["stage"] != "final":
             continue
         one = found.setdefault(row["method"], Summary(row["method"]))
-        one.trainable, one.head = max(one.trainable, row["trainable"]), max(one.head, row["head"])
+        one.trainable = max(one.trainable, row["trainable"])
+        one.heads |= {row["head"]} - {0}
         one.seconds.append(_training_time(row))
         one.step.append(row["seconds"]["step"])
         one.rates[row["task"]] = row["lr"]
@@ -212,10 +213,15 @@ def _training_time(row: Mapping[str, Any]) -> float:
 
 
 def _notes(summaries: Sequence[Summary], columns: list[tuple[str, str]]) -> str:
-    heads = sorted({one.head for one in summaries if one.head})
-    head = (
-        f" All methods train the head too ({', '.join(f'{h:,}' for h in heads)} numbers), not counted." if heads else ""
+    heads = sorted(set[int]().union(*(one.heads for one in summaries)))
+    sizes = (
+        f"{heads[0]:,} to {heads[-1]:,} numbers, by task"
+        if len(heads) > 1
+        else f"{heads[0]:,} numbers"
+        if heads
+        else ""
     )
+    head = f" All methods train the head too ({sizes}), not counted." if heads else ""
     reusing = ", ".join(one.method for one in summaries if one.reuses)
     reuse = f" What the frozen base makes the same in all runs was computed once for {reusing}." if reusing else ""
     uneven = any(set(one.by_seed(columns)) != set(one.scores[c]) for one in summaries for c in columns if one.scores[c])
