@@ -1,7 +1,7 @@
-"""What is wrong with a grid, said before hours of training: values, settings of methods, data, packages, the judge.
+"""What is wrong with a grid, said before hours of training: values, methods, the model, data, packages, the judge.
 
 check_values(grid); check_methods(jobs(grid))      # by `load_grid`
-check_grounds(grid, folder)                        # by `run_grid`, which alone needs the data and the judge
+check_grounds(grid, folder)                        # by `run_grid`, which alone needs the model, the data and the judge
 """
 
 import importlib.util

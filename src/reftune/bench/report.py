@@ -213,15 +213,10 @@ def _training_time(row: Mapping[str, Any]) -> float:
 
 
 def _notes(summaries: Sequence[Summary], columns: list[tuple[str, str]]) -> str:
-    heads = sorted(set[int]().union(*(one.heads for one in summaries)))
-    sizes = (
-        f"{heads[0]:,} to {heads[-1]:,} numbers, by task"
-        if len(heads) > 1
-        else f"{heads[0]:,} numbers"
-        if heads
-        else ""
-    )
-    head = f" All methods train the head too ({sizes}), not counted." if heads else ""
+    heads = sorted({size for one in summaries for size in one.heads})
+    sizes = " to ".join(f"{size:,}" for size in heads[:1] + heads[1:][-1:])
+    by_task = ", by task" if len(heads) > 1 else ""
+    head = f" All methods train the head too ({sizes} numbers{by_task}), not counted." if heads else ""
     reusing = ", ".join(one.method for one in summaries if one.reuses)
     reuse = f" What the frozen base makes the same in all runs was computed once for {reusing}." if reusing else ""
     uneven = any(set(one.by_seed(columns)) != set(one.scores[c]) for one in summaries for c in columns if one.scores[c])
