@@ -199,7 +199,6 @@ def test_each_row_its_own_adapter():
     names = ["default", "__base__", "other"]
     out = model.generate(**rows, adapter_names=names, max_new_tokens=5, do_sample=False)[:, 8:].tolist()
     assert out[0] == greedy(model, PROMPTS[0], 5)[0]
-    assert out[2] == greedy(model, PROMPTS[0], 5)[0] or out[2] != out[0]
     for name, row in zip(names, out, strict=True):
         if name == "__base__":
             with model.disable_adapter():

@@ -26,6 +26,11 @@ class Prompt:
     read: bool = False  # a forward pass has gone past its last column
     seen: int = 0  # columns computed so far; recurrent caches do not say
     cache: Any = None  # the cache it was read into
+    guided: bool = False  # a negative prompt runs beside it
+
+    def is_beside(self, cache: Any) -> bool:
+        """Whether a pass with this cache, or None, is the negative prompt's: it comes when the prompt has been read."""
+        return self.guided and self.read and cache is not self.cache
 
 
 @dataclass

@@ -2,7 +2,8 @@
 
 Bound to the base model, so that every way to it (PeftModel.generate, pipelines, trainers, the base model itself)
 goes through here. Without it a model called without a cache, in chunks, or with candidate tokens of an assistant would
-take every token it is handed for prompt.
+take every token it is handed for prompt. Continuous batching, which has a loop of its own in another thread, is bound
+too, so that what cannot be exact there is refused where it is asked for.
 """
 
 import inspect
@@ -14,17 +15,20 @@ from torch import Tensor, nn
 
 from .batch import Prompt
 from .session import ATTRIBUTE, Session
+from .unplaced import CONTINUOUS, check_everywhere
 
 
 def bind(model: nn.Module) -> None:
-    """Put our `generate` before the model's own, if it has one."""
-    if callable(getattr(type(model), "generate", None)) and "generate" not in model.__dict__:
-        model.__dict__["generate"] = MethodType(generate, model)
+    """Put our `generate` and `init_continuous_batching` before the model's own, if it has them."""
+    for method in _BOUND:
+        if callable(getattr(type(model), method.__name__, None)):
+            model.__dict__.setdefault(method.__name__, MethodType(method, model))
 
 
 def unbind(model: nn.Module) -> None:
-    """Take it away again."""
-    model.__dict__.pop("generate", None)
+    """Take them away again."""
+    for method in _BOUND:
+        model.__dict__.pop(method.__name__, None)
 
 
 def generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -34,7 +38,7 @@ def generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     subspaces = kwargs.pop("subspaces", None)
     if session is None or not session.editing or session.state.prompt is not None:  # an assistant that is the model
         return original(self, *args, **kwargs)
-    prompt = _prompt(original, self, args, kwargs)
+    prompt = _prompt(original, self, session, args, kwargs)
     state = session.state
     state.prompt, state.subspaces = prompt, subspaces
     try:
@@ -45,7 +49,26 @@ def generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             prompt.cache._reft_prompt = prompt  # who decodes on by hand goes on from this prompt
 
 
-def _prompt(original: Any, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Prompt | None:
+def init_continuous_batching(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The model's own, which `generate_batch` calls too, if the adapters in use are exact in it."""
+    session: Session | None = self.__dict__.get(ATTRIBUTE)
+    if session is not None and session.editing:
+        if session.state.mix is not None:
+            raise ValueError(
+                "A composition used by `with` is on in this thread alone, and continuous batching generates in "
+                "another: use its apply(model)."
+            )
+        check_everywhere(CONTINUOUS, session.names, session.layers)
+    original: Any = type(self).init_continuous_batching  # type: ignore[attr-defined]
+    return original(self, *args, **kwargs)
+
+
+_BOUND = (generate, init_continuous_batching)
+
+
+def _prompt(
+    original: Any, model: nn.Module, session: Session, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Prompt | None:
     try:
         bound = inspect.signature(original).bind_partial(model, *args, **kwargs).arguments
     except TypeError:
@@ -62,4 +85,9 @@ def _prompt(original: Any, model: nn.Module, args: tuple[Any, ...], kwargs: dict
     if columns == 0:  # begins with bos alone
         columns = 1
     mask = mask.to(torch.bool) if isinstance(mask, Tensor) and mask.dim() == 2 else None
-    return Prompt(columns, mask, torch.tensor(columns, device=device))
+    config = named.get("generation_config") or getattr(model, "generation_config", None)
+    guided = named.get("guidance_scale", getattr(config, "guidance_scale", None)) not in (None, 1)
+    if guided and named.get("use_cache", getattr(config, "use_cache", None)) is False:
+        check_everywhere("Guidance without a cache", session.names, session.layers)
+        guided = False
+    return Prompt(columns, mask, torch.tensor(columns, device=device), guided=guided)

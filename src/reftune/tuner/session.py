@@ -22,6 +22,7 @@ from ..sites import Site
 from .batch import Batch, Inputs, Prompt, call_arguments
 from .caches import cache_among, cache_of
 from .mix import Mix
+from .unplaced import CONTINUOUS, check_everywhere, is_paged
 
 ATTRIBUTE = "_reft_session"
 
@@ -177,21 +178,28 @@ class Session:
         tokens = ids if isinstance(ids, Tensor) and ids.dim() == 2 else embeds
         shape = (tokens.shape[0], tokens.shape[1]) if isinstance(tokens, Tensor) and tokens.dim() >= 2 else None
 
-        prompt = state.prompt
+        names, mix = state.adapter_names, state.mix or self.mix
+        if is_paged(cache):
+            check_everywhere(CONTINUOUS, self.names, self.layers)
+            return Batch(Inputs(shape, device=tokens.device if isinstance(tokens, Tensor) else None), None, names, mix)
+
+        running = state.prompt
+        if running is not None and running.is_beside(cache):
+            running = None  # the negative prompt, read and decoded in a cache of its own as by hand
+        prompt = running
         if prompt is None and cache is not None:
             prompt = getattr(cache, "_reft_prompt", None)
         elif prompt is not None and prompt.read and cache is not prompt.cache:
             prompt.read = False  # without a cache every pass reads the prompt again
-        names, mix = state.adapter_names, state.mix or self.mix
         if prompt is not None and prompt.read and self._only_prompt_terms():
             return Batch(Inputs(shape, past=prompt.columns), prompt, names, mix, nothing=True)
 
-        if torch.compiler.is_compiling() and state.prompt is not None and prompt is not None and prompt.read:
+        if torch.compiler.is_compiling() and running is not None and prompt is not None and prompt.read:
             number = _past_in_graph(cache, prompt, get("cache_position"), self._counts_answers())
             if number is not None:
                 return Batch(Inputs(shape, past=number), prompt, names, mix)
         past = _past(cache, prompt, get("cache_position"))
-        if past == 0 and state.prompt is None:
+        if past == 0 and running is None:
             prompt = None  # an emptied cache begins a new prompt
         labels = get("labels") if self.reads_labels else None
         if not (isinstance(labels, Tensor) and shape is not None and tuple(labels.shape) == shape):
@@ -206,8 +214,8 @@ class Session:
         inputs = Inputs(
             shape=shape,
             mask=mask if isinstance(mask, Tensor) and mask.dim() == 2 else None,
-            labels=labels if state.prompt is None else None,
-            prompt_mask=prompt_mask if state.prompt is None else None,
+            labels=labels if running is None else None,
+            prompt_mask=prompt_mask if running is None else None,
             position_ids=position_ids if two_d and position_ids.shape[1] == shape[1] else None,  # type: ignore[index]
             past=past,
             device=tokens.device if isinstance(tokens, Tensor) else None,
@@ -215,7 +223,7 @@ class Session:
         if inputs.labels is not None or inputs.prompt_mask is not None:
             prompt = None
         batch = Batch(inputs, prompt, names, mix)
-        if state.prompt is not None and shape is not None and not torch.compiler.is_compiling():
+        if running is not None and shape is not None and not torch.compiler.is_compiling():
             batch.places = inputs.layout(prompt)  # here, for a compiled `forward` would be compiled anew for each step
         return batch
 

@@ -1,0 +1,34 @@
+"""Passes that do not say where a prompt ends: continuous batching, and guidance without a cache.
+
+An edit of every token needs no prompt and is exact there; any other is refused, for it would reach the wrong tokens.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from ..positions.overlap import TokenSet
+
+CONTINUOUS = "Continuous batching"
+
+
+def check_everywhere(what: str, names: Iterable[str], layers: Iterable[Any]) -> None:
+    """Raise ValueError, which begins with `what`, if an adapter has to know where a prompt begins or ends.
+
+    names: the adapters in use; layers: the model's `ReftLayer`s.
+    """
+    names = list(names)
+    for layer in layers:
+        for name in names:
+            partial = [p for p, group in layer.groups.get(name, ()) if not TokenSet.of(group, p).everywhere]
+            coupled = [type(i).__name__ for i in layer.interventions(name) if i.couples_positions]
+            if partial or coupled:
+                found = f"positions={partial[0]!r}" if partial else f"{coupled[0]}, which couples a prompt's tokens"
+                raise ValueError(
+                    f"{what} does not tell which tokens are a prompt, and the adapter {name!r} has {found}. Use "
+                    "generate() with its cache, or an adapter that edits every token alike (positions='all')."
+                )
+
+
+def is_paged(cache: Any) -> bool:
+    """Whether a pass belongs to continuous batching, whose cache is one for all requests."""
+    return type(cache).__name__ == "PagedAttentionCache"
