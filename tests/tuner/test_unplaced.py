@@ -80,7 +80,7 @@ def test_guidance_of_padded_rows():
         assert row[8:].tolist() == guided(model, prompt, other, 0.6, 5)
 
 
-@pytest.mark.parametrize("how", ["argument", "generation_config", "model"])
+@pytest.mark.parametrize("how", ["argument", "generation_config", "model", "both"])
 def test_guidance_without_a_cache_is_refused(how):
     model, ids = adapted("l2"), torch.tensor([PROMPTS[0]])
     settings = {"guidance_scale": 1.7, "use_cache": False}
@@ -89,6 +89,9 @@ def test_guidance_without_a_cache_is_refused(how):
     elif how == "model":
         model.generation_config.update(**settings)
         settings = {}
+    elif how == "both":
+        model.generation_config.guidance_scale = settings.pop("guidance_scale")
+        settings = {"generation_config": GenerationConfig(max_new_tokens=2, **settings)}
     with pytest.raises(ValueError, match=r"without a cache.*'default' has positions='l2'.*positions='all'"):
         model.generate(ids, do_sample=False, **settings)
     with model.disable_adapter():

@@ -85,9 +85,15 @@ def _prompt(
     if columns == 0:  # begins with bos alone
         columns = 1
     mask = mask.to(torch.bool) if isinstance(mask, Tensor) and mask.dim() == 2 else None
-    config = named.get("generation_config") or getattr(model, "generation_config", None)
-    guided = named.get("guidance_scale", getattr(config, "guidance_scale", None)) not in (None, 1)
-    if guided and named.get("use_cache", getattr(config, "use_cache", None)) is False:
+    guided = _setting(model, named, "guidance_scale") not in (None, 1)
+    if guided and _setting(model, named, "use_cache") is False:  # nothing tells the two sequences' passes apart
         check_everywhere("Guidance without a cache", session.names, session.layers)
         guided = False
     return Prompt(columns, mask, torch.tensor(columns, device=device), guided=guided)
+
+
+def _setting(model: nn.Module, named: dict[str, Any], name: str) -> Any:
+    """A setting of a generation: its argument, else its config's, else the model's; None if none says."""
+    configs = (named.get("generation_config"), getattr(model, "generation_config", None))
+    told = [named.get(name), *(getattr(config, name, None) for config in configs)]
+    return next((value for value in told if value is not None), None)
