@@ -80,6 +80,26 @@ def test_guidance_of_padded_rows():
         assert row[8:].tolist() == guided(model, prompt, other, 0.6, 5)
 
 
+@pytest.mark.parametrize(
+    "how", [{"cache_implementation": "static"}, {"prefill_chunk_size": 3}], ids=["static", "chunked"]
+)
+def test_guidance_over_other_caches(how):
+    model, ids = adapted("f2+l2+gen:2"), torch.tensor([PROMPTS[0]])
+    settings = {"max_new_tokens": 5, "do_sample": False, "disable_compile": True, **how}
+    negative = {"guidance_scale": 1.7, "negative_prompt_ids": torch.tensor([[33, 4, 81]])}
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), **settings, **negative)
+    assert out[0, 8:].tolist() == guided(model, PROMPTS[0], [33, 4, 81], 1.7, 5)
+
+
+def test_guidance_of_rows_with_adapters_of_their_own():
+    model, settings = adapted("l2+gen"), {"max_new_tokens": 5, "do_sample": False, "guidance_scale": 1.7}
+    ids = torch.tensor([PROMPTS[0]])
+    out = model.generate(ids.repeat(2, 1), adapter_names=["__base__", "default"], **settings)
+    assert out[1, 8:].tolist() == guided(model, PROMPTS[0], PROMPTS[0][-1:], 1.7, 5)
+    with model.disable_adapter():
+        assert out[0].tolist() == model.generate(ids, **settings)[0].tolist() != out[1].tolist()
+
+
 @pytest.mark.parametrize("how", ["argument", "generation_config", "model", "both"])
 def test_guidance_without_a_cache_is_refused(how):
     model, ids = adapted("l2"), torch.tensor([PROMPTS[0]])

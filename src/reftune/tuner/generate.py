@@ -21,7 +21,7 @@ from .unplaced import CONTINUOUS, check_everywhere
 def bind(model: nn.Module) -> None:
     """Put our `generate` and `init_continuous_batching` before the model's own, if it has them."""
     for method in _BOUND:
-        if callable(getattr(type(model), method.__name__, None)):
+        if callable(_own(model, method.__name__)):
             model.__dict__.setdefault(method.__name__, MethodType(method, model))
 
 
@@ -34,7 +34,7 @@ def unbind(model: nn.Module) -> None:
 def generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The model's `generate`, with the prompt's columns made known to the ReFT layers."""
     session: Session | None = self.__dict__.get(ATTRIBUTE)
-    original: Any = type(self).generate  # type: ignore[attr-defined]
+    original = _own(self, "generate")
     subspaces = kwargs.pop("subspaces", None)
     if session is None or not session.editing or session.state.prompt is not None:  # an assistant that is the model
         return original(self, *args, **kwargs)
@@ -59,11 +59,15 @@ def init_continuous_batching(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
                 "another: use its apply(model)."
             )
         check_everywhere(CONTINUOUS, session.names, session.layers)
-    original: Any = type(self).init_continuous_batching  # type: ignore[attr-defined]
-    return original(self, *args, **kwargs)
+    return _own(self, "init_continuous_batching")(self, *args, **kwargs)
 
 
 _BOUND = (generate, init_continuous_batching)
+
+
+def _own(model: nn.Module, name: str) -> Any:
+    """The method of the model's class, which ours stands before; None if it has none."""
+    return getattr(type(model), name, None)
 
 
 def _prompt(
