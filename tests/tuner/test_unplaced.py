@@ -167,6 +167,7 @@ def test_continuous_batching_of_the_base():
     with model.disable_adapter():
         assert batched(model) == one_by_one(model)
     base = model.unload()
+    assert not {"generate", "init_continuous_batching"} & set(vars(base))
     assert batched(base) == one_by_one(base)
 
 
