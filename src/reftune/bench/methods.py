@@ -11,6 +11,7 @@ import difflib
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from math import inf
 from typing import Any
 
 from reftune.interventions import INTERVENTIONS
@@ -120,7 +121,7 @@ def is_reft(method: Any) -> bool:
 
 def rates(lrs: Any, where: str) -> tuple[float, ...]:
     """Learning rates as given in a grid. Raises ValueError unless they are a list of positive numbers."""
-    numbers = isinstance(lrs, list | tuple) and all(isinstance(x, int | float) and x > 0 for x in lrs)
+    numbers = isinstance(lrs, list | tuple) and all(isinstance(x, int | float) and 0 < x < inf for x in lrs)
     if not numbers or not lrs:
         raise ValueError(f"lrs of {where} must be positive numbers such as [1.0e-4, 3.0e-4], but are {lrs!r}.")
     return tuple(map(float, lrs))

@@ -27,3 +27,7 @@ def main() -> None:
         if os.environ.get("REFTUNE_DEBUG"):
             raise
         sys.exit(f"reftune: {error}")
+    except Exception as error:  # not foreseen: its kind helps whoever reports it
+        if os.environ.get("REFTUNE_DEBUG"):
+            raise
+        sys.exit(f"reftune: {type(error).__name__}: {error} (REFTUNE_DEBUG=1 shows where)")

@@ -8,7 +8,7 @@ result.output_dir, result.size
 from reftune.train.head_rate import HeadRate
 from reftune.train.recipe import DataSection, ModelSection, Recipe, ReftSection, TrainSection
 from reftune.train.recipe_file import RecipeError, load_recipe, save_recipe, to_yaml
-from reftune.train.reuse import DiskStore, MemoryStore
+from reftune.train.reuse import DiskStore, MemoryStore, Reuse
 from reftune.train.run import TrainResult, train
 from reftune.train.trainer import ReftTrainer, ReusesFrozenBase
 
@@ -22,6 +22,7 @@ __all__ = [
     "RecipeError",
     "ReftSection",
     "ReftTrainer",
+    "Reuse",
     "ReusesFrozenBase",
     "TrainResult",
     "TrainSection",

@@ -8,6 +8,12 @@ A process that is killed while it saves leaves a directory that Trainer would tr
 
 import json
 from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from reftune.train.recipe import Recipe
+from reftune.train.recipe_file import save_recipe
 
 
 def last_whole_checkpoint(directory: str | Path) -> Path | None:
@@ -22,3 +28,15 @@ def steps_done(checkpoint: str | Path) -> int | None:
         return int(json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+class RecipeBeside(TrainerCallback):
+    """The recipe in every checkpoint: whoever talks to one needs its template and system message."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and checkpoint.is_dir():
+            save_recipe(self.recipe, checkpoint / "recipe.yaml")

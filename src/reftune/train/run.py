@@ -2,7 +2,8 @@
 
     result = train(load_recipe("recipes/emoji.yaml"))
 
-Writes into `output_dir`: the adapter, `recipe.yaml` (the recipe as it was resolved), and checkpoints if asked for.
+Writes into `output_dir`: the adapter with `recipe.yaml` (the recipe as it was resolved), and checkpoints with theirs if
+asked for. A run that does not get so far leaves what an earlier one wrote as it is.
 """
 
 import dataclasses
@@ -21,8 +22,9 @@ from reftune.train.precision import slow_bf16
 from reftune.train.progress import ProgressCallback, first_step_table
 from reftune.train.recipe import Recipe
 from reftune.train.recipe_file import RecipeError, save_recipe
-from reftune.train.resuming import last_whole_checkpoint, steps_done
+from reftune.train.resuming import RecipeBeside, last_whole_checkpoint, steps_done
 from reftune.train.starting import StartByRows, check_start
+from reftune.train.values import check_recipe
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ def train(
     from reftune.train.trainer import ReftTrainer
 
     say = say or printer()
+    check_recipe(recipe)
     output_dir = Path(recipe.train.output_dir)
     checkpoint = _checkpoint(recipe, output_dir, say)
     if recipe.data.train is None:
@@ -87,7 +90,7 @@ def train(
         train_dataset=rows.rows,
         eval_dataset=eval_rows,
         data_collator=ReftDataCollator(tokenizer),
-        callbacks=[ProgressCallback()],
+        callbacks=[ProgressCallback(), RecipeBeside(recipe)],
         head_lr=recipe.train.head_lr,
         reuse=recipe.train.reuse,
         reuse_budget=recipe.train.reuse_budget,
@@ -97,14 +100,15 @@ def train(
     if recipe.train.init_rows:
         trainer.add_callback(StartByRows(rows.rows[: recipe.train.init_rows], trainer, say))
     _quiet(trainer)
-    save_recipe(recipe, output_dir / "recipe.yaml")
     with _no_cache(base):
         if checkpoint and recipe.train.max_steps and (steps_done(checkpoint) or 0) >= recipe.train.max_steps:
             say(f"Its {recipe.train.max_steps} steps are done: nothing is left to train.")  # Trainer would do one more
             loss = _load(model, checkpoint)
         else:
             loss = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).training_loss
+        _check_finite(model)
         trainer.save_model(str(output_dir))
+    save_recipe(recipe, output_dir / "recipe.yaml")
     size = sum(path.stat().st_size for path in output_dir.glob("adapter_model.*"))
     model.eval()
     return TrainResult(output_dir, size, loss, model, tokenizer, template)
@@ -217,6 +221,15 @@ def printer() -> Callable[[Any], None]:
 
     console = Console()
     return lambda what: console.print(what, soft_wrap=isinstance(what, str), markup=False, highlight=False)
+
+
+def _check_finite(model: Any) -> None:
+    lost = [name for name, p in model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
+    if lost:
+        raise ValueError(
+            f"The training diverged, so the adapter was not saved: {len(lost)} of its tensors hold nan or infinity, "
+            f"{lost[0]} among them. Lower train.lr, or set train.max_grad_norm."
+        )
 
 
 def _quiet(trainer: Any) -> None:

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 WEIGHTS = "adapter_model.safetensors"
@@ -46,9 +46,12 @@ def commit_config(directory: Path) -> None:
 
 
 def config_beside_weights(directory: str | os.PathLike[str]) -> str | None:
-    """The config (JSON) that local weights were saved with, or None."""
+    """The config (JSON) that local weights were saved with, or None. ValueError for a damaged file."""
     weights = Path(directory) / WEIGHTS
     if not weights.is_file():
         return None
-    with safe_open(weights, framework="pt") as file:
-        return (file.metadata() or {}).get(_KEY)
+    try:
+        with safe_open(weights, framework="pt") as file:
+            return (file.metadata() or {}).get(_KEY)
+    except SafetensorError as error:
+        raise ValueError(f"{weights} cannot be read: {error}. The file is damaged; save it again.") from error

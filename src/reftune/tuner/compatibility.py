@@ -106,6 +106,19 @@ def check_keys(model: nn.Module, adapter_name: str, state: dict[str, Tensor]) ->
         )
 
 
+# what PEFT adds to modules_to_save by itself, for any classifier
+_HEADS = {"classifier", "score", "qa_outputs"}
+
+
+def check_saved_modules(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse a name in `modules_to_save` that no module has: PEFT would train nothing for it, without a word."""
+    paths = [name for name, _ in model.named_modules()]
+    for name in sorted(set(names) - _HEADS):
+        if not any(path == name or path.endswith(f".{name}") for path in paths):
+            tops = ", ".join(child for child, _ in model.named_children())
+            raise ValueError(f"modules_to_save names {name!r}, which no module of the model is called ({tops} ...).")
+
+
 def check_name(adapter_name: str, paths: Iterable[str]) -> None:
     """Refuse an adapter called like a module on the way to its sites: PEFT tells keys apart by the adapter's name."""
     taken = {"base_model", "model", "edit_output", "edit_input", *(part for path in paths for part in path.split("."))}

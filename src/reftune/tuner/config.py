@@ -84,7 +84,7 @@ class ReftConfig(PeftConfig):
     lora: Any = field(default=None, metadata={"help": "A LoRA adapter that belongs to this one."})
     representations: Any = field(default=None, metadata={"help": "pyreft's form: one dict per site."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules to train and save whole."})
-    exclude_modules: list[str] | None = field(default=None, metadata={"help": "Not used; TRL and PEFT read it."})
+    exclude_modules: list[str] | None = field(default=None, metadata={"help": "Refused; TRL and PEFT read it."})
     target_modules: list[str] | None = field(default=None, metadata={"help": "Edited modules; filled in by us."})
     trainable_token_indices: Any = field(default=None, metadata={"help": "Tokens whose embeddings are trained."})
     base_model_shape: dict[str, Any] | None = field(
@@ -101,6 +101,10 @@ class ReftConfig(PeftConfig):
         self._given = {}
         if isinstance(self.orthogonal_to, str):
             self.orthogonal_to = [self.orthogonal_to]
+        if isinstance(self.modules_to_save, str):
+            self.modules_to_save = [self.modules_to_save]
+        self._check_places()
+        self.intervention_kwargs = self.intervention_kwargs or {}
         if isinstance(self.lora, PeftConfig):
             self.lora = plain_config(self.lora)
         if isinstance(self.intervention, Intervention):
@@ -122,8 +126,21 @@ class ReftConfig(PeftConfig):
             if cls.has_rank and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
                 raise ValueError(f"r must be a whole number of at least 1, but is {rank!r}.")
             _check_form(edit)
+            if not isinstance(edit["init_weights"], bool):
+                raise ValueError(f"init_weights must be True or False, but is {edit['init_weights']!r}.")
+        if not isinstance(self.share_weights, bool):
+            raise ValueError(f"share_weights must be True or False, but is {self.share_weights!r}.")
         if self.bias not in ("learned", "frozen", "none"):
             raise ValueError(f'bias must be "learned", "frozen" or "none", but is {self.bias!r}.')
+
+    def _check_places(self) -> None:
+        """PEFT's words for where a method goes say nothing here, so they are refused where a user gives them."""
+        for key in ("target_modules", "exclude_modules"):
+            if getattr(self, key) is not None and not self.from_file:
+                raise ValueError(
+                    f"{key}={getattr(self, key)!r} is not how ReFT is placed: say layers=[...] and component=..., "
+                    "such as 'block_output' or a module's path in the block, 'self_attn.q_proj.output'."
+                )
 
     def _read_representations(self) -> None:
         """pyreft's dicts → plain, savable ones; modules given in them are kept aside, to be copied into the model."""

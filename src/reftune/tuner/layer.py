@@ -175,7 +175,13 @@ class ReftLayer(nn.Module, BaseTunerLayer):
                 intervention.to(device)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        raise NotImplementedError("A ReFT adapter edits some tokens only, so it cannot be merged into weights.")
+        raise NotImplementedError(
+            "A ReFT adapter cannot be merged in place and taken out again. Use merge_and_unload(), which merges it "
+            "into the weights where that is exact, or disable_adapter()."
+        )
+
+    def unmerge(self) -> None:
+        raise NotImplementedError("A ReFT adapter is never merged in place, so there is nothing to unmerge.")
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return False

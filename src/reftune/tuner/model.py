@@ -97,6 +97,7 @@ class ReftModel(BaseTuner):
         session.shape = shape = session.shape or compatibility.base_shape(model)  # one for all adapters
         if config.from_file and config.base_model_shape is not None:
             compatibility.check_same(config.base_model_shape, shape, adapter_name)
+        compatibility.check_saved_modules(model, config.modules_to_save or ())
         config.base_model_shape = shape
         self._sites: dict[str, list[tuple[Site, dict[str, Any]]]] = {}
         for edit in config.edits():
