@@ -92,12 +92,13 @@ CAUSAL: dict[str, dict[str, Any]] = {
         "mamba_d_state": 8,
         "mamba_chunk_size": 8,
     },
+    "rwkv": {},
     "recurrent_gemma": {"lru_width": 32, "attention_window_size": 8, "w_init_variance_scale": 0.01},
     "lfm2": {"full_attn_idxs": [1, 3], "conv_L_cache": 3, "block_auto_adjust_ff_dim": False},
 }
 
 # Recurrent states read pads on the left as tokens, or cannot be padded: their rows are compared one by one.
-RECURRENT = {"mamba", "mamba2", "jamba", "bamba", "recurrent_gemma", "lfm2", "qwen3_next"}
+RECURRENT = {"mamba", "rwkv", "mamba2", "jamba", "bamba", "recurrent_gemma", "lfm2", "qwen3_next"}
 
 
 # Their masks become NaN in fp64 once a row is padded.

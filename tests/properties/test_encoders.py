@@ -5,7 +5,13 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import CONFIG_MAPPING, AutoModel, AutoModelForSeq2SeqLM, AutoModelForTokenClassification
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModel,
+    AutoModelForMultipleChoice,
+    AutoModelForSeq2SeqLM,
+    AutoModelForTokenClassification,
+)
 
 from reftune import ReftConfig, get_reft_model
 from reftune.tuner.layer import ReftLayer
@@ -114,9 +120,26 @@ def test_an_encoder_decoder_is_edited_in_its_encoder(name):
     model.train()
     model(input_ids=ids, attention_mask=mask, labels=torch.tensor([[4, 5, 6], [7, 8, -100]])).loss.backward()
     assert [s.int().tolist() for s in seen] == [expected]
+    with pytest.raises(RuntimeError, match="is the base model: it carries a ReFT adapter"):
+        base(input_ids=ids, attention_mask=mask, labels=torch.tensor([[4, 5, 6], [7, 8, -100]]))
+    model.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="was loaded for inference or frozen"):
+        model(input_ids=ids, attention_mask=mask, labels=torch.tensor([[4, 5, 6], [7, 8, -100]]))
     path = "decoder.block.1.output" if name == "t5" else "model.decoder.layers.1.output"
     with pytest.raises(ValueError, match="decoder of an encoder-decoder"):
         get_reft_model(model.unload(), ReftConfig(component=path, positions="l1"))
+
+
+def test_choices_are_padded_rows_each():
+    torch.manual_seed(0)
+    base = AutoModelForMultipleChoice.from_config(config("bert", SIZES))
+    model = get_reft_model(base, ReftConfig(r=2, layers="all", positions="f2+l2", init_weights=False)).eval()
+    rows = [[[2, 5, 6, 7], [2, 8, 9, 10, 11, 12]], [[2, 13, 14], [2, 15, 16, 17, 18]]]
+    ids = torch.tensor([[row + [0] * (6 - len(row)) for row in choices] for choices in rows])
+    with torch.no_grad():
+        padded = model(input_ids=ids, attention_mask=(ids != 0).long()).logits
+        alone = [[model(input_ids=torch.tensor([[row]])).logits.item() for row in choices] for choices in rows]
+    torch.testing.assert_close(padded, torch.tensor(alone), atol=1e-6, rtol=1e-5)
 
 
 VISION = {

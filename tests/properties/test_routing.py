@@ -8,6 +8,7 @@ import torch
 from conftest import tiny_llama
 from families import CAUSAL, RECURRENT, tiny
 from reftune import ReftConfig, get_reft_model
+from reftune.tuner.layer import ReftLayer
 from reftune.tuner.mix import Mix
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*reference PyTorch implementation.*", "ignore:.*YaRN.*")
@@ -123,6 +124,19 @@ def test_a_weight_written_to_is_seen_by_the_next_batch() -> None:
     shake(model, 6)
     again = model(ids, adapter_names=names).logits
     torch.testing.assert_close(again[1], alone(model, "a1", lambda: model(ids[1:2]).logits[0]))
+
+
+@torch.no_grad()
+def test_what_another_thread_puts_in_between_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = with_adapters(tiny_llama(dtype=torch.float64), [ReftConfig(r=2, init_weights=False) for _ in range(2)])
+    ids = torch.randint(3, 90, (2, 5))
+    expected = model(ids, adapter_names=["a0", "a0"]).logits
+    model(ids, adapter_names=["a1", "a1"])
+    (layer,) = (module for module in model.modules() if isinstance(module, ReftLayer))
+    between = layer.routes
+    del layer.routes
+    monkeypatch.setattr(ReftLayer, "routes", property(lambda self: between, lambda self, value: None), raising=False)
+    torch.testing.assert_close(model(ids, adapter_names=["a0", "a0"]).logits, expected)
 
 
 @torch.no_grad()

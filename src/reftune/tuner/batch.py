@@ -25,7 +25,7 @@ class Prompt:
     end: Tensor | None = None  # columns again, for compiled graphs, which a number would be a part of
     read: bool = False  # a forward pass has gone past its last column
     seen: int = 0  # columns computed so far; recurrent caches do not say
-    cache: Any = None  # the cache it was read into
+    cache: Any = None  # the cache it was read into, while `generate` runs; afterwards the cache has the prompt
     guided: bool = False  # a negative prompt runs beside it
 
     def is_beside(self, cache: Any) -> bool:
@@ -44,6 +44,15 @@ class Inputs:
     position_ids: Tensor | None = None  # (B, columns)
     past: int | Tensor = 0  # columns in the cache; a tensor () in a compiled step after the prompt
     device: torch.device | None = None
+
+    def all_prompt(self) -> bool:
+        """Whether every token of this pass is prompt, whatever said so."""
+        if self.labels is not None or self.prompt_mask is None:
+            return self.labels is None
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False  # a training step, which nothing is decoded from, and need not wait for the mask
+        real = self.mask if self.mask is not None and self.mask.shape == self.prompt_mask.shape else None
+        return bool(((self.prompt_mask != 0) | (False if real is None else real == 0)).all())
 
     def layout(self, prompt: Prompt | None) -> Layout:
         """The layout of this pass's columns; `prompt` is given when it continues or makes up a generation."""

@@ -1,4 +1,5 @@
-"""What transformers calls a forward pass's cache: `cache` since 5.24, before it `past_key_values` or `cache_params`.
+"""What transformers calls a forward pass's cache: `cache` since 5.24, before it `past_key_values` or `cache_params`;
+RWKV has a `state`.
 
 A call may use an old name with a new version, which takes it and warns. Pure functions over names; no tensors.
 """
@@ -7,7 +8,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-NAMES = ("cache", "past_key_values", "cache_params")
+NAMES = ("cache", "past_key_values", "cache_params", "state")
 
 
 def cache_among(get: Callable[[str], Any]) -> Any:

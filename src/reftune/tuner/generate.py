@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .batch import Prompt
-from .session import ATTRIBUTE, Session
+from .session import ATTRIBUTE, Session, remember
 from .unplaced import CONTINUOUS, check_everywhere
 
 
@@ -45,8 +45,9 @@ def generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return original(self, *args, **kwargs)
     finally:
         state.prompt = state.subspaces = None
-        if prompt is not None and prompt.cache is not None:
-            prompt.cache._reft_prompt = prompt  # who decodes on by hand goes on from this prompt
+        if prompt is not None:
+            cache, prompt.cache = prompt.cache, None  # the two do not hold each other: a cache is freed at once
+            remember(cache, prompt)  # who decodes on by hand goes on from this prompt
 
 
 def init_continuous_batching(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -53,6 +53,12 @@ def watch_model(module: nn.Module, session: Session, top: bool) -> None:
         _handles(module)["close"] = module.register_forward_hook(_close, with_kwargs=True, always_call=True)
 
 
+def watch_training(module: nn.Module) -> None:
+    """Check the passes of an encoder-decoder to train with, whose stacks open the session each for itself."""
+    if "training" not in _handles(module):
+        _handles(module)["training"] = module.register_forward_pre_hook(_check_training, with_kwargs=True)
+
+
 def detach(module: nn.Module) -> None:
     """Undo all of the above on one module."""
     for handle in module.__dict__.pop("_reft_handles", {}).values():
@@ -99,6 +105,10 @@ def _open_top(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     session: Session = module.__dict__[ATTRIBUTE]
     check_training(module, session, kwargs)
     return args, session.open(module, args, kwargs, top=True)
+
+
+def _check_training(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    check_training(module, module.__dict__[ATTRIBUTE], kwargs)
 
 
 def _open_inner(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -79,11 +79,12 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         return self._edit(hidden, batch) if batch.mix is None else self._edit_mixed(hidden, batch, batch.mix)
 
     def _edit(self, hidden: Tensor, batch: Batch) -> Tensor:
-        if self.turns is None or self.turns[0] != self._active_adapter:
+        found = self.turns  # once: another thread may put its own there, or none
+        if found is None or found[0] != self._active_adapter:
             names = self._active_adapter
             names = names if isinstance(names, str) else list(names)
-            self.turns = (names, turns(self, [names] if isinstance(names, str) else names), {})
-        _, members, banks = self.turns
+            found = self.turns = (names, turns(self, [names] if isinstance(names, str) else names), {})
+        _, members, banks = found
         one_by_one = torch.compiler.is_compiling() or torch.is_grad_enabled()
         for turn in members:
             edited = None if one_by_one or len(turn) < 2 else self._edit_together(hidden, batch, turn, banks)

@@ -21,7 +21,7 @@ from .baking import Baked, bake
 from .building import build, taken_at
 from .config import ReftConfig
 from .generate import bind, unbind
-from .hooks import CHILD, attach, detach, watch_checkpointing, watch_model
+from .hooks import CHILD, attach, detach, watch_checkpointing, watch_model, watch_training
 from .layer import ReftLayer, shared
 from .merging import merge as merge_adapters
 from .parts import expect_others, make_room, others_at_sites, train_only, use_subspaces
@@ -156,6 +156,7 @@ class ReftModel(BaseTuner):
         models = [m for m, _ in above if isinstance(m, PreTrainedModel)] or [model]
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             models = models[-1:]  # two windows: the site's own stack says which
+            watch_training(model)
         for inner in models:
             watch_model(inner, session, top=inner is model)
         for block, _ in above:

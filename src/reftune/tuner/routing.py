@@ -149,9 +149,10 @@ def call(method: Any, h: Tensor, rows: "Rows", batch: "Batch", columns: int) -> 
 def edit_routed(layer: "ReftLayer", hidden: Tensor, batch: "Batch") -> Tensor:
     """hidden (B, L, d) with each row edited by the adapter that `batch.adapter_names` names for it."""
     adapters = batch.adapters
-    if layer.routes is None or layer.routes[0] != adapters:
-        layer.routes = (adapters, plan(layer, adapters))
-    for step in layer.routes[1]:
+    routes = layer.routes  # once: another thread may put its own there
+    if routes is None or routes[0] != adapters:
+        routes = layer.routes = (adapters, plan(layer, adapters))
+    for step in routes[1]:
         if len(step.adapters) == 1 or torch.is_grad_enabled():  # a bank's weights have no gradient
             for name, intervention in zip(step.adapters, step.interventions, strict=True):
                 rows = batch.rows(name, step.positions, step.group, hidden, intervention.couples_positions)

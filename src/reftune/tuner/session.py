@@ -5,6 +5,7 @@ ask `session.batch`. `generate` says beforehand which columns are the prompt; a 
 was read into, so that decoding by hand works too.
 """
 
+import contextlib
 import copy
 import inspect
 import threading
@@ -163,18 +164,24 @@ class Session:
         cache = cache_among(kwargs.get)
         if cache is None:
             cache = cache_of(output)
-        if prompt is None and cache is not None and batch.inputs.labels is None and batch.inputs.prompt_mask is None:
+        if prompt is None and cache is not None and batch.inputs.all_prompt():
             prompt = Prompt(columns=past + batch.inputs.shape[1])
-            _remember(cache, prompt)
+            remember(cache, prompt)
         if prompt is not None:
             prompt.seen = past + batch.inputs.shape[1]
             if cache is not None and prompt.seen >= prompt.columns:
-                prompt.read, prompt.cache = True, cache
+                prompt.read = True
+                if prompt is state.prompt:
+                    prompt.cache = cache
 
     def _batch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], prompt_mask: Any) -> Batch:
         get = call_arguments(self._names(module), args, kwargs)
         state = self.state
         ids, embeds, cache = get("input_ids"), get("inputs_embeds"), cache_among(get)
+        mask, position_ids = get("attention_mask"), get("position_ids")
+        if isinstance(ids, Tensor) and isinstance(mask, Tensor) and ids.dim() == 3 and mask.shape == ids.shape:
+            # multiple choice: the model, too, takes (B, choices, L) for (B * choices, L)
+            ids, mask = ids.flatten(0, 1), mask.flatten(0, 1)
         tokens = ids if isinstance(ids, Tensor) and ids.dim() == 2 else embeds
         shape = (tokens.shape[0], tokens.shape[1]) if isinstance(tokens, Tensor) and tokens.dim() >= 2 else None
 
@@ -189,6 +196,10 @@ class Session:
         prompt = running
         if prompt is None and cache is not None:
             prompt = getattr(cache, "_reft_prompt", None)
+            if prompt is not None and not torch.compiler.is_compiling():
+                held = _counted(cache, get("cache_position"))
+                if held is not None and int(held) < prompt.columns and prompt.read:
+                    prompt = None  # emptied, or cropped into its prompt: what comes now belongs to a new one
         elif prompt is not None and prompt.read and cache is not prompt.cache:
             prompt.read = False  # without a cache every pass reads the prompt again
         if prompt is not None and prompt.read and self._only_prompt_terms():
@@ -204,7 +215,6 @@ class Session:
         labels = get("labels") if self.reads_labels else None
         if not (isinstance(labels, Tensor) and shape is not None and tuple(labels.shape) == shape):
             labels = None
-        mask, position_ids = get("attention_mask"), get("position_ids")
         if isinstance(prompt_mask, Tensor) and shape is not None and tuple(prompt_mask.shape) != shape:
             raise ValueError(
                 f"prompt_mask has the shape {tuple(prompt_mask.shape)}, but the model was called with {shape} tokens. "
@@ -258,8 +268,9 @@ class Session:
 def _past(cache: Any, prompt: Prompt | None, places: Any = None) -> int:
     """Columns that the cache holds already. `places` (columns,) is where this pass's stand, if the call says so."""
     length = int(_length(cache, places))
-    if length == 0 and cache is not None and prompt is not None and prompt.cache is cache:
-        return prompt.seen  # a recurrent state does not count its columns
+    if length == 0 and cache is not None and prompt is not None:
+        if prompt.cache is cache or getattr(cache, "_reft_prompt", None) is prompt:
+            return prompt.seen  # a recurrent state does not count its columns
     return length
 
 
@@ -275,21 +286,25 @@ def _past_in_graph(cache: Any, prompt: Prompt, places: Any, exactly: bool) -> Te
 
 
 def _length(cache: Any, places: Any) -> int | Tensor:
-    """Columns that the cache counts, as `_past`; 0 if it does not: no cache, a tuple, or a recurrent state alone."""
+    """Columns that the cache counts, as `_past`; 0 if it does not."""
+    length = _counted(cache, places)
+    return 0 if length is None else length
+
+
+def _counted(cache: Any, places: Any) -> int | Tensor | None:
+    """The same, None if it does not count: no cache, a tuple, or a recurrent state alone."""
     count = getattr(cache, "get_seq_length", None)
     try:
         length: int | Tensor | None = None if count is None else count()
     except ValueError:  # how a cache without an attention layer says so
-        return 0
+        return None
     if not isinstance(length, Tensor):
-        return int(length or 0)
+        return length if length is None else int(length)
     # transformers 5.0 counts a static cache's keys that are not zero: padding's may be
     return places[0] if isinstance(places, Tensor) and places.dim() == 1 and places.numel() else length
 
 
-def _remember(cache: Any, prompt: Prompt) -> None:
-    try:
+def remember(cache: Any, prompt: Prompt) -> None:
+    """Let a cache say, to who decodes on with it, which prompt it holds."""
+    with contextlib.suppress(AttributeError):  # None, or a tuple: decoding by hand then needs prompt_mask
         cache._reft_prompt = prompt
-    except AttributeError:  # a tuple, say: decoding by hand then needs prompt_mask
-        return
-    prompt.cache = cache
