@@ -26,6 +26,7 @@ from .lowrank import (
     NoreftIntervention,
 )
 from .other import PostBlockIntervention, RedIntervention
+from .steps import Steps
 
 _REPLACE = (LoreftIntervention, NoreftIntervention)
 _ADD = (DireftIntervention, NodireftIntervention)
@@ -60,6 +61,7 @@ class Bank:
     @torch.no_grad()
     def __init__(self, interventions: Sequence[Intervention]) -> None:
         first = interventions[0]
+        self._step = Steps.last
         self.width = first.embed_dim
         self._function: Callable[[Tensor], Tensor] | None = first._activation
         self._diagonal = isinstance(first, RedIntervention)
@@ -90,7 +92,9 @@ class Bank:
         return None if len(keys) != 1 or None in keys else cls(interventions)
 
     def is_current(self) -> bool:
-        """Whether the interventions still have these weights, and nothing has been written to them since."""
+        """Whether the interventions still have these weights, and nothing can have been written to them since."""
+        if self._step is not Steps.last:
+            return False
         try:
             for table, name, value, address, _, version in self._source:
                 if table.get(name) is not value or value._version != version or value.data_ptr() != address:

@@ -19,6 +19,7 @@ from .choice import Choice
 from .complement import Taken, at_complement, without
 from .nested import nested_ranks
 from .orthogonal import can_retract, orthonormal_rows, retract_, right_rows, rows_at_manifold
+from .steps import Steps
 
 _ACROSS = {torch.float32: 5e-7, torch.float64: 1e-14}
 
@@ -236,9 +237,10 @@ class LowRankIntervention(Intervention):
 
 
 class _Settled:
-    """The rows of an intervention, good until something is written to its R (or, beside others, its W)."""
+    """The rows of an intervention, good until something may have been written to its R (or, beside others, its W)."""
 
     def __init__(self, module: LowRankIntervention) -> None:
+        self.step = Steps.last
         module.put_right_()
         self.source = [p.detach() for p in self._watched(module)]  # kept, so that the memory cannot become another's
         rows = self.source[0]
@@ -253,7 +255,7 @@ class _Settled:
             return False
         now = module.R
         same = not now.is_inference() and now._version == self.version and now.dtype == self.rows.dtype
-        return same and now.data_ptr() == self.rows.data_ptr()
+        return same and self.step is Steps.last and now.data_ptr() == self.rows.data_ptr()
 
     @staticmethod
     def _watched(module: LowRankIntervention) -> list[Tensor]:
@@ -263,7 +265,7 @@ class _Settled:
         watched = self._watched(module)
         if len(watched) != len(self.source) or any(p.is_inference() for p in watched):
             return False
-        if self.versions != [p._version for p in watched]:
+        if self.step is not Steps.last or self.versions != [p._version for p in watched]:
             return False
         if self.rows.is_inference() and not torch.is_inference_mode_enabled():
             return False  # autograd refuses it

@@ -22,6 +22,7 @@ from .choice import Choice
 from .complement import Taken
 from .orthogonal import can_retract, may_ask, orthonormal_rows
 from .rows import LowRankIntervention
+from .steps import Steps
 from .together import rows_together
 
 _PREFIX = "subspace_"
@@ -181,9 +182,11 @@ class SubspaceIntervention(Intervention):
         for part, own in zip(parts, rows.split([len(part.R) for part in parts]), strict=True):
             part.given = own
 
-    def _versions(self) -> list[tuple[int, int]] | None:
+    def _versions(self) -> list[object] | None:
         every = [part.R for part in self.parts.values()]
-        return None if any(p.is_inference() for p in every) else [(p.data_ptr(), p._version) for p in every]
+        if any(p.is_inference() for p in every):
+            return None
+        return [Steps.last, *((p.data_ptr(), p._version) for p in every)]
 
     def train(self, mode: bool = True) -> "SubspaceIntervention":
         self._seen = None
