@@ -268,10 +268,10 @@ class Session:
 def _past(cache: Any, prompt: Prompt | None, places: Any = None) -> int:
     """Columns that the cache holds already. `places` (columns,) is where this pass's stand, if the call says so."""
     length = int(_length(cache, places))
-    if length == 0 and cache is not None and prompt is not None:
-        if prompt.cache is cache or getattr(cache, "_reft_prompt", None) is prompt:
-            return prompt.seen  # a recurrent state does not count its columns
-    return length
+    if length or cache is None or prompt is None:
+        return length
+    its_own = prompt.cache is cache or getattr(cache, "_reft_prompt", None) is prompt
+    return prompt.seen if its_own else 0  # a recurrent state does not count its columns
 
 
 def _past_in_graph(cache: Any, prompt: Prompt, places: Any, exactly: bool) -> Tensor | None:
