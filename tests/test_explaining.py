@@ -78,3 +78,6 @@ def test_errors() -> None:
         explain(model, tokenizer, "", chat_template=False)
     with pytest.raises(ValueError, match=r"no adapter 'x'; this model has \['default'\]"):
         explain(model, tokenizer, "a", adapter_name="x")
+    tokenizer.chat_template = "{{ raise_exception('Not this.') }}"
+    with pytest.raises(ValueError, match=r"chat template refuses .*\(user\): Not this\."):
+        explain(model, tokenizer, "a")

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, overload
 
+from .models import apply_chat_template
 from .sites import number_ranges
 from .tuner.explain import Edit, explain_tokens
 
@@ -79,7 +80,7 @@ def explain(
         answer: tokens that the model has generated, to see what `gen` and `all` edit.
         adapter_name: the active adapter if None.
 
-    Raises ValueError for a text without tokens or an unknown adapter.
+    Raises ValueError for a text without tokens, messages that the chat template refuses, or an unknown adapter.
     """
     if isinstance(text, list) and all(isinstance(part, str) for part in text):
         texts = [str(part) for part in text]
@@ -87,9 +88,9 @@ def explain(
     if chat_template is None:
         chat_template = getattr(tokenizer, "chat_template", None) is not None
     if chat_template or not isinstance(text, str):
-        messages = [{"role": "user", "content": text}] if isinstance(text, str) else text
-        encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        messages: Any = [{"role": "user", "content": text}] if isinstance(text, str) else text
+        encoded = apply_chat_template(
+            tokenizer, messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
     else:
         encoded = tokenizer(text, return_tensors="pt")

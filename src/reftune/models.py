@@ -7,7 +7,7 @@ model, tokenizer = load_adapted("runs/emoji")          # an adapter on the base 
 
 import contextlib
 import importlib.metadata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +135,20 @@ def disable_dropout(model: Any) -> None:
         for key, value in list(vars(module).items()):
             if "drop" in key and isinstance(value, float):
                 setattr(module, key, 0.0)
+
+
+def apply_chat_template(tokenizer: Any, messages: Sequence[Mapping[str, str]], **options: Any) -> Any:
+    """The tokenizer's `apply_chat_template`; a ValueError in one sentence for messages that its template refuses."""
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(messages, **options)
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise ValueError(
+            f"The model's chat template refuses these messages ({roles}): {str(error).rstrip('.')}. "
+            "If it is the system message, leave out data.system (--system), or drop that message."
+        ) from error
 
 
 def default_dtype(device_map: Any = None) -> Any:

@@ -38,6 +38,12 @@ def test_columns_can_be_renamed() -> None:
     assert find_columns(row, {"prompt": "question", "completion": "answer"})(row) == Example(USER, "4")
 
 
+def test_a_bad_value_is_told_by_the_datas_own_name_of_its_column() -> None:
+    row = {"question": "2+2?", "answer": 4}
+    with pytest.raises(ValueError, match="column answer must hold text"):
+        find_columns(row, {"prompt": "question", "completion": "answer"})(row)
+
+
 def test_unknown_columns_are_named_beside_the_accepted_ones() -> None:
     with pytest.raises(ValueError, match=r"columns question, answer.*messages; prompt \+ completion; instruction"):
         find_columns(["question", "answer"])
@@ -59,11 +65,18 @@ def test_a_wrong_rename_is_an_error(names: list[str], rename: dict[str, str], sa
     ("row", "says"),
     [
         ({"messages": USER}, "last of the messages must be the assistant's"),
-        ({"messages": []}, "nothing's"),
+        ({"messages": []}, "column messages .* but found list"),
         ({"messages": [{"role": "assistant", "content": "4"}]}, "a prompt is needed"),
-        ({"messages": "hello"}, "Messages are a list"),
+        ({"messages": "hello"}, "column messages must hold messages"),
         ({"messages": [{"role": "user", "text": "x"}]}, "a role and a content"),
-        ({"prompt": None, "completion": "4"}, "Messages are a list"),
+        ({"prompt": None, "completion": "4"}, "column prompt must hold text or messages .*, but is empty"),
+        (
+            {"prompt": "2+2?", "completion": None},
+            "column completion must hold text .*, but is empty.*leave the row out",
+        ),
+        ({"prompt": "2+2?", "completion": 4}, "column completion must hold text .*, but found int 4"),
+        ({"prompt": [], "completion": "4"}, "column prompt .* but found list"),
+        ({"instruction": "2+2?", "output": None}, "column output must hold text, but is empty"),
         ({"instruction": 3, "output": "4"}, "instruction must hold text"),
     ],
 )

@@ -58,3 +58,37 @@ def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
     (tmp_path / "empty.csv").write_text("prompt,completion\n")
     with pytest.raises(ValueError, match="has no rows"):
         read_examples(str(tmp_path / "empty.csv"))
+
+
+DAMAGED: dict[str, tuple[bytes, str]] = {
+    "empty.jsonl": (b"", "has no rows"),
+    "empty.jsonl.gz": (gzip.compress(b""), "has no rows"),
+    "latin.jsonl": ('{"prompt":"caf\xe9","completion":"x"}\n'.encode("latin-1"), "Save it as UTF-8"),
+    "latin.csv": ("prompt,completion\ncaf\xe9,x\n".encode("latin-1"), "Save it as UTF-8"),
+    "utf16.csv": ("prompt,completion\na,b\n".encode("utf-16"), "Save it as UTF-8"),
+    "bad.parquet": (b"not parquet", "could not be read as parquet: .*magic bytes"),
+    "bad.jsonl.gz": (b"not gzip", "could not be read as json: Not a gzipped file"),
+    "cut.jsonl.gz": (gzip.compress(b'{"prompt":"a","completion":"b"}\n' * 9)[:-12], "could not be read as json"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_file_is_named_with_the_cause(tmp_path: Path, name: str) -> None:
+    content, says = DAMAGED[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name} .*{says}"):
+        read_examples(str(tmp_path / name))
+
+
+def test_a_folder_without_data_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "a.json").write_text('{"a": 1}')
+    (tmp_path / "model" / "b.json").write_text('{"b": "x"}')
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"model could not be read as data: .* Name one of its files\."):
+        read_examples("model")
+
+
+def test_a_csv_row_with_too_few_fields_has_no_answer(tmp_path: Path) -> None:
+    (tmp_path / "short.csv").write_text("prompt,completion\na,None\nb\n")
+    assert [row["completion"] for row in read_examples(str(tmp_path / "short.csv"))] == ["None", None]

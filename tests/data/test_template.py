@@ -15,6 +15,9 @@ CHATS = [
     [*USER, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "😀 7"}],
 ]
 
+# as Gemma's
+REFUSES_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system here.') }}{% endif %}"
+
 
 def _generation_ids(tokenizer: object, messages: list) -> list[int]:
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
@@ -105,5 +108,17 @@ def test_no_rows_and_bad_rows_are_errors() -> None:
     with pytest.raises(ValueError, match="no rows"):
         tokenize([], PromptTemplate(tiny_tokenizer()))
     rows = [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": None}]
-    with pytest.raises(ValueError, match="Row 1 of the data"):
+    with pytest.raises(ValueError, match="Row 1 of the data: The column completion"):
         tokenize(rows, PromptTemplate(tiny_tokenizer()))
+    with pytest.raises(ValueError, match=r"Row 0 of the data: .*no messages"):
+        tokenize([Example([], "b")], PromptTemplate(tiny_tokenizer(), system="Be brief."))
+
+
+def test_what_the_chat_template_refuses_is_said_with_the_row() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = REFUSES_SYSTEM + tokenizer.chat_template
+    says = r"Row 1 of the data: The model's chat template refuses .*\(system, user\): No system here. .*data.system"
+    with pytest.raises(ValueError, match=says):
+        tokenize([Example(messages, "a") for messages in CHATS], PromptTemplate(tokenizer))
+    with pytest.raises(ValueError, match=r"Row 0 of the data: .*No system here"):
+        tokenize([Example(USER, "a")], PromptTemplate(tokenizer, system="Be brief."))

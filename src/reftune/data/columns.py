@@ -42,60 +42,64 @@ def find_columns(
             raise ValueError(f"columns can rename to {ACCEPTED}, not to {ours!r}.")
     has = {name: name for name in names if name not in rename.values()} | rename
     if "messages" in has:
-        return lambda row: _from_messages(row[has["messages"]])
+        return lambda row: _from_messages(_messages(row, has["messages"]))
     if "prompt" in has and "completion" in has:
-        return lambda row: _from_prompt(row[has["prompt"]], row[has["completion"]])
+        return lambda row: _from_prompt(row, has["prompt"], has["completion"])
     if "instruction" in has and "output" in has:
-        return lambda row: _from_instruction(
-            row[has["instruction"]], row[has["input"]] if "input" in has else None, row[has["output"]]
-        )
+        return lambda row: _from_instruction(row, has["instruction"], has.get("input"), has["output"])
     raise ValueError(
         f"The data has the columns {_listed(names)}, and none of the layouts that reftune knows: {ACCEPTED}. "
         "Rename the columns, or name them in the recipe: data.columns: {prompt: question, completion: answer}."
     )
 
 
-def _from_messages(messages: Any) -> Example:
-    turns = _messages(messages)
-    if not turns or turns[-1]["role"] != "assistant":
-        last = turns[-1]["role"] if turns else "nothing"
+def _from_messages(turns: list[Message]) -> Example:
+    if (last := turns[-1]["role"]) != "assistant":
         raise ValueError(f"The last of the messages must be the assistant's, which is learned, but it is {last}'s.")
     if len(turns) < 2:
         raise ValueError("The messages hold an answer and nothing before it: a prompt is needed.")
     return Example(turns[:-1], turns[-1]["content"])
 
 
-def _from_prompt(prompt: Any, completion: Any) -> Example:
-    messages = [_user(_text(prompt, "prompt"))] if isinstance(prompt, str) else _messages(prompt)
-    if isinstance(completion, str):
-        return Example(messages, completion)
-    return _from_messages([*messages, *_messages(completion)])
+def _from_prompt(row: Mapping[str, Any], prompt: str, completion: str) -> Example:
+    messages = [_user(row[prompt])] if isinstance(row[prompt], str) else _messages(row, prompt, "text or messages")
+    if isinstance(row[completion], str):
+        return Example(messages, row[completion])
+    return _from_messages([*messages, *_messages(row, completion, "text or messages")])
 
 
-def _from_instruction(instruction: Any, extra: Any, output: Any) -> Example:
-    text = _text(instruction, "instruction")
-    if extra:
-        text += "\n" + _text(extra, "input")
-    return Example([_user(text)], _text(output, "output"))
+def _from_instruction(row: Mapping[str, Any], instruction: str, extra: str | None, output: str) -> Example:
+    text = _text(row, instruction)
+    if extra is not None and row[extra]:
+        text += "\n" + _text(row, extra)
+    return Example([_user(text)], _text(row, output))
 
 
 def _user(text: str) -> Message:
     return {"role": "user", "content": text}
 
 
-def _messages(value: Any) -> list[Message]:
-    if not isinstance(value, list) or not all(isinstance(turn, Mapping) for turn in value):
-        raise ValueError(f"Messages are a list of {{role, content}}, but found {_short(value)}.")
+def _messages(row: Mapping[str, Any], column: str, wanted: str = "messages") -> list[Message]:
+    value = row[column]
+    if not value or not isinstance(value, list) or not all(isinstance(turn, Mapping) for turn in value):
+        raise _wrong(row, column, f"{wanted} (a list of {{role, content}})")
     for turn in value:
         if not isinstance(turn.get("role"), str) or not isinstance(turn.get("content"), str):
             raise ValueError(f"A message has a role and a content, both text, but found {_short(dict(turn))}.")
     return [{"role": turn["role"], "content": turn["content"]} for turn in value]
 
 
-def _text(value: Any, column: str) -> str:
+def _text(row: Mapping[str, Any], column: str) -> str:
+    value = row[column]
     if not isinstance(value, str):
-        raise ValueError(f"The column {column} must hold text, but found {_short(value)}.")
+        raise _wrong(row, column, "text")
     return value
+
+
+def _wrong(row: Mapping[str, Any], column: str, wanted: str) -> ValueError:
+    if row[column] is None:  # also where a row lacks a column that others have
+        return ValueError(f"The column {column} must hold {wanted}, but is empty: fill it in, or leave the row out.")
+    return ValueError(f"The column {column} must hold {wanted}, but found {_short(row[column])}.")
 
 
 def _short(value: Any) -> str:

@@ -5,6 +5,8 @@ rows = read_examples("tatsu-lab/alpaca", split="train")   # the hub
 rows = read_examples("reftune:emoji")                     # the demo's examples, which come with the package
 """
 
+import contextlib
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ def read_examples(source: str, *, split: str = "train", limit: int | None = None
 
     Raises:
         FileNotFoundError: `source` looks like a file and is not there.
-        ValueError: a file of another kind, a file that cannot be parsed, or no rows at all.
+        ValueError: a file of another kind, a file or a folder that cannot be parsed, or no rows at all.
         ImportError: the package `datasets` is not installed.
     """
     try:
@@ -32,7 +34,8 @@ def read_examples(source: str, *, split: str = "train", limit: int | None = None
     if builder is not None or path.is_file() or path.is_absolute():
         rows = _read_file(datasets, path, builder)
     else:
-        rows = datasets.load_dataset(source, split=split)
+        with _told(source, "data", (datasets.exceptions.DatasetGenerationError, UnicodeDecodeError)):
+            rows = datasets.load_dataset(source, split=split)
     if len(rows) == 0:
         raise ValueError(f"{source} has no rows. Give a data set with at least one example.")
     return rows.select(range(min(limit, len(rows)))) if limit is not None else rows
@@ -43,30 +46,40 @@ def _read_file(datasets: Any, path: Path, builder: str | None) -> Any:
         raise FileNotFoundError(f"There is no file {path}. Check the path of the data.")
     if builder is None:
         raise ValueError(f"{path} is of no kind that reftune reads. Known: {', '.join(_BUILDERS)} (also packed, .gz).")
-    options = _csv_options(datasets, path) if builder == "csv" else {}
-    try:
+    with _told(path, builder, Exception):  # every kind has a reader and a packing with errors of their own
+        options = _csv_options(datasets, path) if builder == "csv" else {}
         # A file is one split, "train", whatever it holds; `split` of a recipe is for the hub.
-        return datasets.load_dataset(builder, data_files=str(path), split="train", **options)
-    except ValueError as error:  # what `datasets` says of a file without rows
-        if "no data" in str(error):
-            raise ValueError(f"{path} has no rows. Give a data set with at least one example.") from error
-        raise
-    except datasets.exceptions.DatasetGenerationError as error:
+        rows = datasets.load_dataset(builder, data_files=str(path), split="train", **options)
+        rows.data.validate(full=True)  # of JSON and Parquet, the encoding is not looked at before a row is read
+        return rows
+
+
+@contextlib.contextmanager
+def _told(source: str | Path, kind: str, errors: Any) -> Iterator[None]:
+    """Errors of reading as a ValueError that names the source and the first cause."""
+    try:
+        yield
+    except errors as error:
         cause = error.__cause__ or error
-        raise ValueError(f"{path} could not be read as {builder}: {cause}") from error
+        if isinstance(cause, StopIteration) or "no data" in str(error):  # what `datasets` says of a file without rows
+            raise ValueError(f"{source} has no rows. Give a data set with at least one example.") from error
+        why = " ".join(str(cause).split()).rstrip(".")[:300]  # a cast's error lists all columns, each on a line
+        hint = " Save it as UTF-8." if isinstance(cause, UnicodeDecodeError) or "UTF8" in why else ""
+        hint = " Name one of its files." if Path(source).is_dir() else hint
+        raise ValueError(f"{source} could not be read as {kind}: {why}.{hint}") from error
 
 
 def _csv_options(datasets: Any, path: Path) -> dict[str, Any]:
-    """Every column is text: an answer "1" must not come back as a number, nor "None" as nothing."""
+    """Every column is text: an answer "1" must not come back as a number, nor "None" as nothing.
+
+    A field that is empty or not there is nothing, for pandas does not tell the two apart.
+    """
     import pandas
 
     separator = "\t" if ".tsv" in path.suffixes else ","
-    try:
-        names = pandas.read_csv(path, sep=separator, nrows=0).columns
-    except ValueError as error:  # pandas' parser errors are ValueErrors
-        raise ValueError(f"{path} could not be read as csv: {error}") from error
+    names = pandas.read_csv(path, sep=separator, nrows=0).columns
     features = datasets.Features({str(name): datasets.Value("string") for name in names})
-    return {"sep": separator, "features": features, "keep_default_na": False, "na_filter": False}
+    return {"sep": separator, "features": features, "keep_default_na": False, "na_values": [""]}
 
 
 def _builder(path: Path) -> str | None:

@@ -9,11 +9,12 @@ as one text, a token could span their seam and the edited suffix would be anothe
 """
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from reftune.data.columns import Example, Message, find_columns
+from reftune.models import apply_chat_template
 
 IGNORE = -100
 
@@ -54,10 +55,8 @@ class PromptTemplate:
         """The token ids before the answer; a text is one user message."""
         turns = self._turns(messages)
         if self.is_chat:
-            ids = self.tokenizer.apply_chat_template(
-                turns, add_generation_prompt=True, tokenize=True, return_dict=False
-            )
-            return list(ids)
+            options = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
+            return list(apply_chat_template(self.tokenizer, turns, **options))
         return list(self.tokenizer(self._plain(turns))["input_ids"])
 
     def response_ids(self, messages: Sequence[Message] | str, response: str) -> list[int]:
@@ -65,9 +64,10 @@ class PromptTemplate:
         text = response
         if self.is_chat:
             turns = self._turns(messages)
-            render = self.tokenizer.apply_chat_template
-            prompt = render(turns, add_generation_prompt=True, tokenize=False)
-            whole = render([*turns, {"role": "assistant", "content": response}], tokenize=False)
+            prompt = apply_chat_template(self.tokenizer, turns, add_generation_prompt=True, tokenize=False)
+            whole = apply_chat_template(
+                self.tokenizer, [*turns, {"role": "assistant", "content": response}], tokenize=False
+            )
             if whole.startswith(prompt):  # else the template rewrites the prompt: the bare response and EOS then
                 text = whole[len(prompt) :]
         ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -84,6 +84,8 @@ class PromptTemplate:
 
     def _turns(self, messages: Sequence[Message] | str) -> list[Message]:
         turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
+        if not turns:
+            raise ValueError("There are no messages: a prompt is needed.")
         if self.system is not None and turns[0]["role"] != "system":
             return [{"role": "system", "content": self.system}, *turns]
         return turns
@@ -124,9 +126,15 @@ def tokenize(
     """
     rows: list[dict[str, list[int]]] = []
     skipped = truncated = 0
-    for example in _examples(data, columns):
-        prompt = template.prompt_ids(example.messages)
-        response = template.response_ids(example.messages, example.response)
+    names = getattr(data, "column_names", None)
+    read = find_columns(names, columns) if names is not None else None
+    for number, row in enumerate(data):
+        try:
+            example = row if isinstance(row, Example) else (read or find_columns(row, columns))(row)
+            prompt = template.prompt_ids(example.messages)
+            response = template.response_ids(example.messages, example.response)
+        except ValueError as error:
+            raise ValueError(f"Row {number} of the data: {error}") from error
         room = max_length - len(prompt)
         if room < 1:
             skipped += 1
@@ -146,16 +154,3 @@ def tokenize(
             stacklevel=2,
         )
     return TokenizedRows(rows, skipped, truncated)
-
-
-def _examples(data: Any, columns: Mapping[str, str] | None) -> Iterable[Example]:
-    names = getattr(data, "column_names", None)
-    read = find_columns(names, columns) if names is not None else None
-    for number, row in enumerate(data):
-        if isinstance(row, Example):
-            yield row
-            continue
-        try:
-            yield (read or find_columns(row, columns))(row)
-        except ValueError as error:
-            raise ValueError(f"Row {number} of the data: {error}") from error
