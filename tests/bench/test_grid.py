@@ -129,6 +129,7 @@ def test_settings_by_task_and_by_method() -> None:
         ({"tasks": ["rte"], "template": "cloze", "train": {"head_lr": 1e-3}}, "a language model has none"),
         ({"suite": "commonsense", "template": "cloze", "scoring": {"loglikelihood": False}}, "set loglikelihood: true"),
         ({"train": {"train_sampling_strategy": "sequential"}}, "train_sampling_strategy"),
+        ({"seeds": ["a"]}, "seeds must be a list of whole numbers"),
         ({"seeds": [1, 1]}, "seeds names something twice"),
         ({"tasks": ["rte", "rte"]}, "tasks names something twice"),
     ],

@@ -68,7 +68,7 @@ def test_flags_override_the_file(tmp_path: Path) -> None:
         ("train: {bf16: 1}", "train.bf16 must be true or false"),
         ("train: {save: sometimes}", "train.save must be no or epoch or steps"),
         ("train: {save_total_limit: x}", "must be a whole number or null"),
-        ("reft: {layers: [a]}", "reft.layers must be text or a whole number or a list"),
+        ("reft: {layers: [a]}", "reft.layers must be text or a whole number or a list of whole numbers, but is"),
         ("data: {columns: [a]}", "data.columns must be keys with values or null"),
         ("train: 3", "train must be keys with values"),
         ("- a", "must be keys with values"),

@@ -14,7 +14,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from reftune.train.recipe_file import RecipeError, from_dict
+from reftune.train.recipe_file import from_dict
+from reftune.train.yaml_file import RecipeError, parse, read_text
 
 from .checks import check_methods, check_values
 from .methods import Method, is_reft, rates, resolve
@@ -281,23 +282,15 @@ def _known(cls: Any, content: Any, where: str) -> None:
 
 
 def _read(source: str) -> dict[str, Any]:
-    try:
-        import yaml
-    except ImportError as error:
-        raise ImportError("Grids need the package pyyaml: pip install 'reftune[bench]'.") from error
-
     packaged = resources.files("reftune.bench") / "presets" / f"{source}.yaml"
     path = Path(source)
     if not path.is_file() and source in presets():
-        text = packaged.read_text(encoding="utf-8")
+        text = read_text(packaged)
     elif path.is_file():
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     else:
         raise RecipeError(f"There is no grid {source}: give a YAML file, or a preset ({', '.join(presets())}).")
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{source} is not YAML: {error}") from error
+    content = parse(text, source)
     if not isinstance(content, dict):
         raise RecipeError(f"{source} must be keys with values (suite:, tasks:, methods: ...), but is {content!r:.80}.")
     return content

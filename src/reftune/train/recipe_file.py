@@ -16,12 +16,10 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from reftune.train.recipe import Recipe
+from reftune.train.yaml_file import RecipeError as RecipeError
+from reftune.train.yaml_file import parse, read_text, yaml_package
 
 T = TypeVar("T")
-
-
-class RecipeError(ValueError):
-    """Something in a recipe, or in a flag over it, is wrong; the message says what and what to do."""
 
 
 def load_recipe(path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -54,7 +52,7 @@ def save_recipe(recipe: Recipe, path: str | Path) -> None:
 
 def to_yaml(recipe: Recipe) -> str:
     """A recipe as YAML, every key with its comment."""
-    yaml = _yaml()
+    yaml = yaml_package()
     lines: list[str] = []
     for section in dataclasses.fields(recipe):
         part = getattr(recipe, section.name)
@@ -163,12 +161,14 @@ def _as(value: Any, hint: Any) -> tuple[Any, bool]:
 
 def _words(options: Iterable[Any]) -> str:
     names = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
+    several = {str: "texts", int: "whole numbers", float: "numbers"}
     words = []
     for option in options:
         if typing.get_origin(option) is Literal:
             words.append(" or ".join(map(str, typing.get_args(option))))
         elif typing.get_origin(option) is list:
-            words.append("a list")
+            (item,) = typing.get_args(option)
+            words.append(f"a list of {several[item]}" if item in several else "a list")
         elif typing.get_origin(option) is dict:
             words.append("keys with values")
         else:
@@ -178,7 +178,7 @@ def _words(options: Iterable[Any]) -> str:
 
 def _from_text(text: str, section: str, key: str) -> Any:
     """A flag's text as YAML reads it where that fits the key, as a list of numbers (3,9,18), or as it stands."""
-    yaml = _yaml()
+    yaml = yaml_package()
     hint = typing.get_type_hints(typing.get_type_hints(Recipe)[section])[key]
     forms = [text, f"[{text}]"] if "," in text else [text]
     for form in forms:
@@ -193,21 +193,9 @@ def _from_text(text: str, section: str, key: str) -> Any:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    yaml = _yaml()
     if not path.is_file():
         raise RecipeError(f"There is no recipe {path}. Give the path of a YAML file.")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is not YAML: {error}") from error
+    content = parse(read_text(path), str(path))
     if not isinstance(content, dict | types.NoneType):
         raise RecipeError(f"{path} must be keys with values (model:, data:, reft:, train:), but is {content!r:.80}.")
     return content or {}
-
-
-def _yaml() -> Any:
-    try:
-        import yaml
-    except ImportError as error:
-        raise ImportError("Recipes need the package pyyaml: pip install 'reftune[cli]'.") from error
-    return yaml
