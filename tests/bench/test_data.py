@@ -1,6 +1,7 @@
 """Rows and how they are shared out."""
 
 import csv
+import gzip
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,11 @@ def test_text_tasks_select_on_training_rows_and_never_on_the_test() -> None:
 def test_a_task_without_the_rows_it_needs_says_so() -> None:
     some = [{"n": 1}]
     for name, rows, said in (
-        ("rte", {"train": some}, "rte needs rows in validation, but has train"),
-        ("addsub", {"test": some}, "addsub needs rows in train, but has test"),
+        ("rte", {"train": some}, "rte needs rows in validation, but has them in train alone"),
+        ("addsub", {"test": some}, "addsub needs rows in train, but has them in test alone"),
+        ("rte", {"train": [], "validation": some}, "rte needs rows in train, but has them in validation alone"),
+        ("rte", {"train": [], "validation": []}, "rte needs rows in train and validation, but has none"),
+        ("rte", {"train": some, "validation": some}, "at least two rows in validation"),
         ("alpaca_eval", {}, "alpaca_eval has no rows to be tested on"),
     ):
         with pytest.raises(ValueError, match=said):
@@ -106,6 +110,18 @@ def test_storycloze_from_the_users_own_files(tmp_path: Path) -> None:
             writer.writerow([9, "A.", "B.", "C.", "D.", "Good.", "Bad.", "1"][: len(fields) - (not ending)])
     more = load_rows(task("storycloze"), tmp_path)  # two files to train on, and one without right endings
     assert {name: len(found) for name, found in more.items()} == {"train": 4, "test": 2}
+    wrong = place / "cloze_test_val__wrong.csv"
+    for row, said in (
+        ("9,A.,B.,C.,D.,Good.,Bad.,3", "row 1: AnswerRightEnding must be 1 or 2, but is '3'"),
+        ("9,A.,B.", "row 1: AnswerRightEnding must be 1 or 2, but is None"),
+    ):
+        wrong.write_text(f"{','.join(fields)}\n{row}\n")
+        with pytest.raises(ValueError, match=f"{wrong.name}, {said}"):
+            load_rows(task("storycloze"), tmp_path)
+    wrong.write_bytes(b"\xe9")
+    with pytest.raises(ValueError, match=f"{wrong.name} is not UTF-8"):
+        load_rows(task("storycloze"), tmp_path)
+    wrong.unlink()
     (place / "cloze_test_val__spring2016.csv").unlink()
     next(place.glob("*test__spring*")).unlink()
     assert {name: len(found) for name, found in load_rows(task("storycloze"), tmp_path).items()} == {
@@ -120,6 +136,57 @@ def test_a_line_separator_inside_a_text_does_not_cut_a_row(tmp_path: Path) -> No
     (place / "train.jsonl").write_text('{"sentence1": "a\u2028b", "sentence2": null, "label": 1}\n', encoding="utf-8")
     (place / "train.jsonl.gz").unlink()
     assert load_rows(task("cola"), tmp_path)["train"][0]["sentence1"] == "a\u2028b"
+
+
+PAIR = {"sentence1": "a", "sentence2": "b", "label": 1}
+CHOICE = {"context": "", "question": "q", "choices": ["a", "b"], "answer": 1}
+WRONG: list[tuple[str, Any, str]] = [
+    ("rte", {"a": 1}, "sentence1 must be text, but is not there"),
+    ("rte", PAIR | {"sentence2": None}, "sentence2 must be text, but is None"),
+    ("rte", PAIR | {"label": 7}, "label must be a whole number from 0 to 1, but is 7"),
+    ("rte", PAIR | {"label": "yes"}, "label must be a whole number from 0 to 1, but is 'yes'"),
+    ("rte", PAIR | {"label": 0.5}, "label must be a whole number"),
+    ("rte", 1, "must be an object of fields, but is 1"),
+    ("stsb", PAIR | {"label": float("nan")}, "label must be a number, but is nan"),
+    ("arc_easy", CHOICE | {"answer": 2}, "answer must be a whole number from 0 to 1"),
+    ("arc_easy", CHOICE | {"choices": ["a", None]}, "choices must be a list of texts"),
+    ("boolq", CHOICE | {"answer": -1}, "answer must be a whole number from 0 to 1"),
+    ("gsm8k", {"question": "q", "answer": "many"}, "answer must be a number, but is 'many'"),
+    ("aqua", {"question": "q", "choices": list("abcdef"), "answer": 5}, "answer must be a whole number from 0 to 4"),
+    ("alpaca", {"instruction": "i", "output": None}, "output must be text"),
+    ("ultrafeedback", {"prompt": "p", "chosen": "c"}, "rejected must be text, but is not there"),
+]
+
+
+@pytest.mark.parametrize(("name", "row", "said"), WRONG)
+def test_a_row_that_no_run_could_use_is_named(tmp_path: Path, name: str, row: Any, said: str) -> None:
+    write_rows(tmp_path / task(name).suite / name, train=[row])
+    with pytest.raises(ValueError, match=rf"{name}/train\.jsonl\.gz, row 1: {said}"):
+        load_rows(task(name), tmp_path)
+
+
+def test_fields_that_a_task_does_not_read_may_lack(tmp_path: Path) -> None:
+    for name, row in (("cola", {"sentence1": "a", "label": 1}), ("boolq", {"question": "q", "answer": 0})):
+        write_rows(tmp_path / task(name).suite / name, train=[row])
+        assert load_rows(task(name), tmp_path)["train"] == [row]
+        assert task(name).cloze(row).index == row["label" if name == "cola" else "answer"]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("train.jsonl", b'{"sentence1": "a"', "line 1 is not JSON: Expecting"),
+        ("train.jsonl", b'\n{"sentence1": "\xe9"}', "line 2 is not UTF-8 text: save it as UTF-8"),
+        ("train.jsonl.gz", b"nogz", "cannot be unpacked: Not a gzipped file"),
+        ("train.jsonl.gz", gzip.compress(b"{}" * 99)[:-9], "cannot be unpacked"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path: Path, file: str, content: bytes, said: str) -> None:
+    place = tmp_path / "glue" / "rte"
+    place.mkdir(parents=True)
+    (place / file).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{file}.*{said}"):
+        load_rows(task("rte"), tmp_path)
 
 
 @pytest.mark.skipif(DATA is None, reason="the project's data folder (../shared/data) is not here")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.bench.places import TRAIN, glue, silent
+from tests.bench.places import TRAIN, glue, silent, write_rows
 
 from forked import Forked
 from reftune.bench import jobs, load_grid, run_grid, runner
@@ -176,7 +176,13 @@ def test_what_a_grid_lacks_is_said_before_the_first_run(places: dict[str, str], 
         run_grid(load_grid(alpaca | {"model": str(tmp_path)}), tmp_path, data=places["data"])
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         run_grid(glue(places | {"encoder": str(tmp_path)}), tmp_path, data=places["data"])
+    write_rows(tmp_path / "glue" / "rte", train=[{"sentence1": "a"}])
+    with pytest.raises(ValueError, match="row 1: sentence2 must be text"):
+        run_grid(glue(places), tmp_path, data=str(tmp_path))
     assert not list((tmp_path / "rows").glob("*"))
+    (tmp_path / "rows" / "damaged.json").write_text("{")
+    with pytest.raises(ValueError, match=r"damaged\.json is damaged"):
+        run_grid(glue(places), tmp_path, data=places["data"])
 
 
 def test_selection_by_score_scores_the_selection_rows(places: dict[str, str], tmp_path: Path) -> None:

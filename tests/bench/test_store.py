@@ -64,3 +64,18 @@ def test_published_rows_name_no_machine_and_no_folder(tmp_path: Path) -> None:
     assert [row["data"] for row in found] == ["a folder", "hub"]
     assert all(row["machine"] == {"threads": 1, "device": "cpu"} for row in found)
     assert rows[0]["machine"] == machine
+
+
+def test_what_holds_no_results_is_named(tmp_path: Path) -> None:
+    store = Store(tmp_path / "out")
+    store.put({"id": "a", "started": "1"})
+    for content in ('{"id":', '{"id": "a"}', "3"):
+        (tmp_path / "out" / "rows" / "a.json").write_text(content)
+        for read in (read_rows, done):
+            with pytest.raises(ValueError, match=r"rows/a\.json is damaged: delete it"):
+                read(tmp_path / "out")
+    other = tmp_path / "other.jsonl"
+    for content, said in (('{"id": 3}', "holds no rows of results"), ('{"id": "a', "line 1 is not JSON")):
+        other.write_text(content + "\n")
+        with pytest.raises(ValueError, match=rf"other\.jsonl.*{said}"):
+            read_rows(other)

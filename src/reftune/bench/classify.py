@@ -103,7 +103,7 @@ def encode(rows: list[dict[str, Any]], found: PairTask, tokenizer: Any, max_leng
     """Rows of GLUE as token ids with `labels`: an int, or a float for a score."""
     encoded = []
     for row in rows:
-        texts = [row["sentence1"]] + ([row["sentence2"]] if row["sentence2"] is not None else [])
+        texts = [row["sentence1"]] + ([row["sentence2"]] if row.get("sentence2") is not None else [])
         label = float(row["label"]) if found.labels == 1 else int(row["label"])
         encoded.append({**tokenizer(*texts, truncation=True, max_length=max_length), "labels": label})
     return encoded

@@ -10,7 +10,6 @@ A data folder's rows have these fields: commonsense `context`, `question`, `choi
 """
 
 import csv
-import gzip
 import hashlib
 import json
 import os
@@ -19,7 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .jsonl import read_lines
 from .tasks import PairTask, Task
+from .tasks.fields import Fields
 
 Rows = dict[str, list[dict[str, Any]]]
 SPLITS = ("train", "validation", "test")
@@ -55,12 +56,13 @@ def data_folder(given: str | None) -> Path | None:
 def load_rows(task: Task, folder: Path | str | None) -> Rows:
     """All rows of a task by split. From `folder` if it is given, else from the hub.
 
-    Raises FileNotFoundError if the folder lacks the task, ValueError if the task is not on the hub.
+    Raises FileNotFoundError if the folder lacks the task, ValueError if the task is not on the hub, or for a file or a
+    row of the folder that no run could use.
     """
     if folder is None:
         return _from_hub(task)
     place = Path(folder) / task.suite / task.name
-    rows = {s: _read(path) for s in SPLITS if (path := _file(place, s)) is not None}
+    rows = {s: _read(path, task) for s in SPLITS if (path := _file(place, s)) is not None}
     if not rows and task.name == "storycloze" and place.is_dir():
         rows = _storycloze(place)
     if not rows:
@@ -79,8 +81,12 @@ def split(task: Task, rows: Rows, *, seed: int, train: int | None, select: int |
     wanted = ("train", "validation") if isinstance(task, PairTask) else ("train",) if task.trains else ()
     lacking = [name for name in wanted if not rows.get(name)]
     if lacking:
-        raise ValueError(f"{task.name} needs rows in {' and '.join(lacking)}, but has {', '.join(rows) or 'none'}.")
+        there = " and ".join(name for name in rows if rows[name])
+        has = f"them in {there} alone" if there else "none"
+        raise ValueError(f"{task.name} needs rows in {' and '.join(lacking)}, but has {has}.")
     if isinstance(task, PairTask):
+        if len(rows["validation"]) < 2:
+            raise ValueError(f"{task.name} needs at least two rows in validation: one half selects, the other tests.")
         dev = _shuffled(rows["validation"], seed)
         cut = 1000 if len(dev) > 5000 else len(dev) // 2
         return Parts(_first(_shuffled(rows["train"]), train), _first(dev[:cut], select), _first(dev[cut:], test))
@@ -106,10 +112,17 @@ def _file(place: Path, name: str) -> Path | None:
     return next((p for end in (".jsonl.gz", ".jsonl") if (p := place / (name + end)).is_file()), None)
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
-    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    # not splitlines of the text: that would cut at characters such as U+2028 inside a JSON string
-    return [json.loads(line) for line in content.split(b"\n") if line.strip()]
+def _read(path: Path, task: Task) -> list[dict[str, Any]]:
+    rows = []
+    for number, row in read_lines(path):
+        _refuse(task.fields.wrong(row), path, number)
+        rows.append(row)
+    return rows
+
+
+def _refuse(wrong: str | None, path: Path, number: int) -> None:
+    if wrong is not None:
+        raise ValueError(f"{path}, row {number}: {wrong}. Mend the row or take it out.")
 
 
 def _from_hub(task: Task) -> Rows:
@@ -140,9 +153,14 @@ def _storycloze(place: Path) -> Rows:
     """
     rows: Rows = {}
     for path in sorted(place.glob("*.csv")):
-        with path.open(encoding="utf-8", newline="") as file:
-            read = list(csv.DictReader(file))
+        try:
+            with path.open(encoding="utf-8", newline="") as file:
+                read = list(csv.DictReader(file))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text: save it as UTF-8.") from error
         if read and "AnswerRightEnding" in read[0]:
+            for number, row in enumerate(read, 1):
+                _refuse(_wrong_story(row), path, number)
             rows.setdefault("train" if "val" in path.name.lower() else "test", []).extend(map(_story, read))
     if rows.get("train") and not rows.get("test"):
         whole = _shuffled(rows["train"])
@@ -150,7 +168,21 @@ def _storycloze(place: Path) -> Rows:
     return rows
 
 
+_SENTENCES = tuple(f"InputSentence{i}" for i in range(1, 5))
+_ENDINGS = ("RandomFifthSentenceQuiz1", "RandomFifthSentenceQuiz2")
+
+
+def _wrong_story(row: dict[str, str]) -> str | None:
+    if str(right := row["AnswerRightEnding"]).strip() not in ("1", "2"):
+        return f"AnswerRightEnding must be 1 or 2, but is {right!r}"
+    return Fields((*_SENTENCES, *_ENDINGS)).wrong(row)
+
+
 def _story(row: dict[str, str]) -> dict[str, Any]:
-    story = " ".join(row[f"InputSentence{i}"] for i in range(1, 5))
-    endings = [row["RandomFifthSentenceQuiz1"], row["RandomFifthSentenceQuiz2"]]
-    return {"context": "", "question": story, "choices": endings, "answer": int(row["AnswerRightEnding"]) - 1}
+    story = " ".join(row[name] for name in _SENTENCES)
+    return {
+        "context": "",
+        "question": story,
+        "choices": [row[name] for name in _ENDINGS],
+        "answer": int(row["AnswerRightEnding"]) - 1,
+    }

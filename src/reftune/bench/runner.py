@@ -75,6 +75,7 @@ def run_grid(
     kept = store_near(device, reuse_budget) if reuse == "auto" else None
     folder, store = data_folder(data), Store(out)
     claims = Claims(store.directory / "claims", stale=stale)
+    store.rows()  # a damaged one is said now, not after the first training
     plan = jobs(grid)
     if any(not store.has(job.id) for job in plan):
         check_grounds(grid, folder)

@@ -14,6 +14,7 @@ from typing import Any
 from filelock import FileLock
 
 from .grid import run_id
+from .jsonl import read_lines
 
 
 class Store:
@@ -55,18 +56,21 @@ class Store:
 
     def get(self, name: str) -> dict[str, Any]:
         """The row of a run."""
-        return dict(json.loads((self._rows / f"{name}.json").read_text(encoding="utf-8")))
+        return _row(self._rows / f"{name}.json")
 
     def rows(self) -> list[dict[str, Any]]:
         """All rows, in the order in which their runs began."""
-        return sorted(map(self.get, done(self.directory)), key=lambda row: (row["started"], row["id"]))
+        return sorted(_rows(self._rows), key=lambda row: (row["started"], row["id"]))
 
 
 def done(directory: str | Path) -> set[str]:
-    """The ids of the runs that a directory has rows of; none if it is not there, and nothing is made."""
+    """The ids of the runs that a directory has rows of; none if it is not there, and nothing is made.
+
+    Raises ValueError for a damaged row.
+    """
     rows, lines = Path(directory) / "rows", Path(directory) / "results.jsonl"
     if rows.is_dir():
-        return {path.stem for path in rows.glob("*.json") if not path.name.startswith(".")}
+        return {row["id"] for row in _rows(rows)}
     return {_renamed(row)["id"] for row in _lines(lines)} if lines.is_file() else set()
 
 
@@ -105,8 +109,33 @@ def _renamed(row: dict[str, Any]) -> dict[str, Any]:
     return row | {"spec": spec, "id": run_id(spec)}
 
 
+def _rows(folder: Path) -> list[dict[str, Any]]:
+    return [_row(path) for path in folder.glob("*.json") if not path.name.startswith(".")]
+
+
+def _row(file: Path) -> dict[str, Any]:
+    try:
+        row = json.loads(file.read_bytes())
+    except ValueError:
+        row = None
+    if not _is_result(row):
+        raise ValueError(f"{file} is damaged: delete it, and its run is done again.")
+    return dict(row)
+
+
 def _lines(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    found = []
+    for number, row in read_lines(file):
+        if not _is_result(row):
+            raise ValueError(
+                f"{file} holds no rows of results (see line {number}): give what `reftune bench run --out` wrote."
+            )
+        found.append(row)
+    return found
+
+
+def _is_result(row: Any) -> bool:
+    return isinstance(row, dict) and {"id", "started"} <= row.keys()
 
 
 def _write(path: Path, text: str) -> None:

@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 from .base import ACCURACY, LOSS, Hub, Item, Row, TextTask
+from .fields import Fields
 
 TEMPLATE = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -72,5 +73,10 @@ _HUB = {
 }
 _NUMBERS = ("addsub", "multiarith", "singleop", "singleeq", "mawps", "svamp", "gsm8k")
 
-TASKS = [TextTask(n, "arithmetic", "number", _number, (ACCURACY, LOSS), hub=_HUB.get(n)) for n in _NUMBERS]
-TASKS.append(TextTask("aqua", "arithmetic", "letter", _letter, (ACCURACY, LOSS), hub=_HUB["aqua"]))
+_WORKED = Fields(("question",), maybe=("solution",), number="answer")
+_LETTERED = Fields(("question",), choices=True, index="answer", classes=len(LETTERS))
+
+TASKS = [
+    TextTask(n, "arithmetic", "number", _number, (ACCURACY, LOSS), hub=_HUB.get(n), fields=_WORKED) for n in _NUMBERS
+]
+TASKS.append(TextTask("aqua", "arithmetic", "letter", _letter, (ACCURACY, LOSS), hub=_HUB["aqua"], fields=_LETTERED))

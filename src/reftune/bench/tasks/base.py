@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from .fields import ANYTHING, Fields
+
 Row = Mapping[str, Any]
 
 
@@ -64,6 +66,7 @@ class TextTask:
     trains: bool = True  # has training rows
     hub: Hub | None = None
     cloze: Callable[[Row], Item] | None = None  # the same row as a text to go on with, its choices the ways to go on
+    fields: Fields = ANYTHING
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ class PairTask:
     hub: Hub | None = None
     trains: bool = True
     cloze: Callable[[Row], Item] | None = None  # its choices are the classes in order; None: a score has no words
+    fields: Fields = ANYTHING
 
 
 Task = TextTask | PairTask

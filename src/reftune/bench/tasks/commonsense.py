@@ -11,6 +11,7 @@ from typing import Any
 
 from ..metrics import TRIGGER
 from .base import ACCURACY, ACCURACY_LL, ACCURACY_NORM, LOSS, Hub, Item, Row, TextTask
+from .fields import Fields
 
 
 def _item(lead: str, row: Row, labels: tuple[str, ...], options: str, end: str = "\n\n") -> Item:
@@ -44,7 +45,7 @@ def _cloze(wording: str) -> Any:
 
     def read(row: Row) -> Item:
         question = str(row["question"])
-        context = str(row["context"]) + (" " if row.get("context") else "") if "{context}" in wording else ""
+        context = f"{row['context']} " if row.get("context") and "{context}" in wording else ""
         prompt = wording.format(question=question, context=context)
         return _go_on(prompt, row, [str(text) for text in row["choices"]])
 
@@ -54,7 +55,7 @@ def _cloze(wording: str) -> Any:
 def _boolq_cloze(row: Row) -> Item:
     """The passage is read, as in lm-evaluation-harness; its answer is yes or no."""
     question = str(row["question"]).removesuffix("?")
-    return _go_on(f"{row['context']}\nQuestion: {question}?\nAnswer:", row, ["yes", "no"])
+    return _go_on(f"{row.get('context') or ''}\nQuestion: {question}?\nAnswer:", row, ["yes", "no"])
 
 
 def _winogrande_cloze(row: Row) -> Item:
@@ -153,7 +154,19 @@ _CLOZE = {
 }
 _METRICS = (ACCURACY, ACCURACY_NORM, ACCURACY_LL, LOSS)
 
+_FIELDS = Fields(("question",), maybe=("context",), choices=True, index="answer")
+_TRUTHS = Fields(("question",), maybe=("context",), index="answer", classes=2)
+
 TASKS = [
-    TextTask(name, "commonsense", "choice", read, _METRICS, hub=_HUB.get(name), cloze=_CLOZE[name])
+    TextTask(
+        name,
+        "commonsense",
+        "choice",
+        read,
+        _METRICS,
+        hub=_HUB.get(name),
+        cloze=_CLOZE[name],
+        fields=_TRUTHS if name == "boolq" else _FIELDS,
+    )
     for name, read in _READ.items()
 ]

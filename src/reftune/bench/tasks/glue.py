@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from .base import ACCURACY, Hub, Item, Metric, PairTask, Row
+from .fields import Fields
 
 MATTHEWS, PEARSON = Metric("matthews"), Metric("pearson")
 F1, SPEARMAN = Metric("f1"), Metric("spearman")
@@ -63,7 +64,7 @@ def _cloze(name: str) -> Callable[[Row], Item] | None:
     wording, words = _WORDING[name]
 
     def read(row: Row) -> Item:
-        second = row["sentence2"]
+        second = row.get("sentence2")
         if name == "mnli":  # the harness ends a hypothesis with a full stop
             second = str(second).strip().removesuffix(".") + "."
         prompt = wording.format(sentence1=row["sentence1"], sentence2=second)
@@ -71,6 +72,14 @@ def _cloze(name: str) -> Callable[[Row], Item] | None:
         return Item(prompt, prompt, choices[index], words[index], choices, index)
 
     return read
+
+
+def _fields(name: str) -> Fields:
+    pair, classes = _COLUMNS[name][1] is not None, _LABELS.get(name, 2)
+    texts, maybe = (("sentence1", "sentence2"), ()) if pair else (("sentence1",), ("sentence2",))
+    return (
+        Fields(texts, maybe, number="label") if classes == 1 else Fields(texts, maybe, index="label", classes=classes)
+    )
 
 
 TASKS = [
@@ -81,6 +90,7 @@ TASKS = [
         _METRICS.get(name, (ACCURACY,)),
         hub=_hub(name),
         cloze=_cloze(name),
+        fields=_fields(name),
     )
     for name in _COLUMNS
 ]

@@ -8,6 +8,7 @@ from typing import Any
 
 from .arithmetic import TEMPLATE
 from .base import LOSS, Hub, Item, Metric, Row, TextTask
+from .fields import Fields
 
 WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -43,6 +44,7 @@ def _binarized(r: Row) -> dict[str, Any]:
 
 
 _PREFS = {"train": "train_prefs", "test": "test_prefs"}
+_ANSWERED = Fields(("instruction", "output"), maybe=("input",))
 TASKS = [
     TextTask(
         "alpaca",
@@ -51,8 +53,9 @@ TASKS = [
         _instruction,
         (LOSS,),
         hub=Hub("tatsu-lab/alpaca", None, {"train": "train"}, _plain),
+        fields=_ANSWERED,
     ),
-    TextTask("ultrafeedback_sft", "instruct", "free", _instruction, (LOSS,)),
+    TextTask("ultrafeedback_sft", "instruct", "free", _instruction, (LOSS,), fields=_ANSWERED),
     TextTask(
         "ultrafeedback",
         "instruct",
@@ -60,6 +63,7 @@ TASKS = [
         _pair,
         (*MARGIN, WIN_RATE),
         hub=Hub("HuggingFaceH4/ultrafeedback_binarized", None, _PREFS, _binarized),
+        fields=Fields(("prompt", "chosen", "rejected")),
     ),
     TextTask(
         "alpaca_eval",
@@ -69,5 +73,6 @@ TASKS = [
         (WIN_RATE, LOSS),
         trains=False,
         hub=Hub("tatsu-lab/alpaca_eval", None, {"test": "train"}, _asked, "alpaca_eval.json"),
+        fields=_ANSWERED,
     ),
 ]
