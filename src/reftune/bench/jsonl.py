@@ -27,5 +27,5 @@ def _value(line: bytes, where: str) -> Any:
         return json.loads(line)
     except UnicodeDecodeError as error:
         raise ValueError(f"{where} is not UTF-8 text: save it as UTF-8.") from error
-    except ValueError as error:
-        raise ValueError(f"{where} is not JSON: {error}.") from error
+    except json.JSONDecodeError as error:  # its own "line 1" is not the file's
+        raise ValueError(f"{where} is not JSON: {error.msg} at column {error.colno}.") from error
