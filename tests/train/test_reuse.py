@@ -230,6 +230,7 @@ def test_encoders_and_encoder_decoders() -> None:
         ({"attention_mask": torch.ones(4, 1, 18, 18)}, "attention mask is not"),
         ({"attention_mask": torch.tensor([[1, 0] * 9] * 4)}, "mask has holes"),
         ({"labels": None}, "no input_ids with labels"),
+        ({"adapter_names": ["default"] * 4}, "rows name adapters of their own"),
     ],
 )
 def test_batches_that_are_computed_whole(change: dict[str, Any], words: str) -> None:

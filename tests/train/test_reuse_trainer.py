@@ -109,7 +109,9 @@ def test_it_ends_where_a_plain_trainer_ends(tmp_path: Path, settings: dict[str, 
     reused, said = run(ReftTrainer, model_for(positions=positions), tmp_path, **settings)
     same(reused, plain)
     assert len(said) == 1
-    assert said[0].startswith("Reuse: logits are computed at the labelled tokens alone")
+    own = "compute_loss_func" in settings
+    assert said[0].startswith("Reuse: logits are computed at the labelled tokens alone") == (not own)
+    assert ("Not reused: logits, because the trainer has a loss of its own." in said[0]) == own
     kept = reused.reuse.store
     assert (kept.computed, kept.found > 20) == (
         (12, True) if "num_train_epochs" not in settings else (kept.computed, False)
@@ -233,6 +235,13 @@ def test_a_mismatch_is_said_and_training_is_plain(tmp_path: Path, monkeypatch: p
     assert len(said) == 1
     assert "switched off" in said[0]
     assert "Training goes on plainly" in said[0]
+
+
+def test_noise_that_makes_both_ways_differ_is_named(tmp_path: Path) -> None:
+    plain, _ = run(Trainer, model_for(), tmp_path, neftune_noise_alpha=5)
+    reused, said = run(ReftTrainer, model_for(), tmp_path, neftune_noise_alpha=5)
+    assert history(reused) == history(plain)
+    assert "random in training mode: model.embed_tokens: neftune_noise_alpha 5" in said[0]
 
 
 def test_one_store_serves_several_seeds(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import transformers
 
 from .head_rate import HeadRate
-from .reuse.check import check
+from .reuse.check import LossOf, check, of_the_model
 from .reuse.device_store import store_near
 from .reuse.engine import Reuse
 from .reuse.store import DiskStore, MemoryStore, Store, size_words
@@ -37,7 +37,8 @@ class ReusesFrozenBase:
         say: takes messages for the user; None prints them, on the main process.
     """
 
-    selects_logits = True  # the loss takes any logits with the labels they predict
+    # whether the loss takes any logits with the labels they predict; None: where it is the model's or transformers' own
+    selects_logits: bool | None = None
 
     def __init__(
         self,
@@ -70,7 +71,7 @@ class ReusesFrozenBase:
         model = own.accelerator.unwrap_model(own.model)
         # a resumed run finds other rows kept than the one it goes on from, and shall end in the same bits
         alone = own.args.device.type == "cpu" and own.args.save_strategy != "no"
-        self.reuse = Reuse(model, store, own.accelerator.autocast, self._tell, self.selects_logits, alone)
+        self.reuse = Reuse(model, store, own.accelerator.autocast, self._tell, self._selects(), alone)
         reason = self._against()
         if reason is not None:
             self.reuse.forget(reason)
@@ -79,6 +80,17 @@ class ReusesFrozenBase:
     def reuse_plan(self) -> str:
         """What is reused, and why not the rest, in words."""
         return "Reuse: nothing, it is off." if self.reuse is None else str(self.reuse.plan)
+
+    def _selects(self) -> bool:
+        if self.selects_logits is not None:
+            return self.selects_logits
+        own: Any = self
+        return own.compute_loss_func is None and not self._computes_itself()
+
+    def _computes_itself(self) -> bool:
+        """Whether the trainer behind this class has a `compute_loss` that is not transformers' own."""
+        behind: Any = super()
+        return getattr(behind.compute_loss, "__func__", None) is not transformers.Trainer.compute_loss
 
     def _against(self) -> str | None:
         own: Any = self
@@ -122,7 +134,7 @@ class ReusesFrozenBase:
         """
         prepared = None
         if self.reuse is not None and (self._loss_only or not return_outputs):
-            prepared = self._prepare(model, inputs)
+            prepared = self._prepare(model, inputs, num_items_in_batch)
         if prepared is None:
             return super().compute_loss(  # type: ignore[misc]
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
@@ -132,7 +144,18 @@ class ReusesFrozenBase:
                 model, prepared.inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
 
-    def _prepare(self, model: Any, inputs: dict[str, Any]) -> Any:
+    def _loss_of_check(self, num_items_in_batch: Any) -> LossOf:
+        if self._computes_itself() and self.selects_logits is not None:
+            return of_the_model  # it has been looked at; one that logs and counts would log and count the check
+        behind: Any = super()
+
+        def compute(model: Any, inputs: dict[str, Any], items: Any) -> Any:
+            counted = None if num_items_in_batch is None else items
+            return behind.compute_loss(model, inputs, num_items_in_batch=counted)
+
+        return compute
+
+    def _prepare(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> Any:
         assert self.reuse is not None
         own: Any = self
         inner = own.accelerator.unwrap_model(model)
@@ -142,10 +165,11 @@ class ReusesFrozenBase:
             self._checked.clear()
         keep = self._keeps()
         plan = self.reuse.plan
-        case = (plan.logits, plan.depth, plan.split, model.training, keep)
+        case = (plan.adapters, plan.logits, plan.depth, plan.split, model.training, keep)
         if case not in self._checked:
             self._checked.add(case)
-            reason = check(self.reuse, inner, inputs, keep) if plan.anything else None
+            loss_of = self._loss_of_check(num_items_in_batch)
+            reason = check(self.reuse, inner, inputs, keep, loss_of) if plan.anything else None
             if reason is not None:
                 self.reuse.forget(reason)
                 self._checked |= {str(self.reuse.plan)}

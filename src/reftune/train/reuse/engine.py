@@ -87,12 +87,12 @@ class Reuse:
             return self._nothing
         if session is None:
             return make_plan(self.model)
-        key = (tuple(session.active), session.enabled, base.training)
+        key = (tuple(session.names), session.enabled, base.training)
         if key not in self._plans:
             plan = make_plan(self.model)
             if plan.logits and not self.select:
                 plan = replace(
-                    plan, logits=False, why_not={LOGITS: "the trainer's own loss makes them", **plan.why_not}
+                    plan, logits=False, why_not={LOGITS: "the trainer has a loss of its own", **plan.why_not}
                 )
             self._plans[key] = plan
         return self._plans[key]

@@ -19,6 +19,7 @@ from ...tuner.caches import cache_name
 from ...tuner.layer import ReftLayer
 from ...tuner.session import ATTRIBUTE, Session
 
+NOISE = "neftune_noise_alpha"  # where transformers writes it, on the embeddings; an int as often as a float
 _FROM_THE_START = ("f", "prompt", "all")
 
 
@@ -32,6 +33,7 @@ class Plan:
     split: bool = False
     why_not: dict[str, str] = field(default_factory=dict)
     positions: tuple[str, ...] = ()
+    adapters: tuple[str, ...] = ()  # that it holds for
 
     @property
     def anything(self) -> bool:
@@ -57,13 +59,13 @@ ALL, LOGITS, STATES, HEADS = "anything", "logits", "the blocks below the first e
 
 
 def make_plan(model: Any) -> Plan:
-    """The plan for a PeftModel as it stands: its active adapters, and whether it is in training mode."""
+    """The plan for a PeftModel as it stands: the adapters that edit, and whether it is in training mode."""
     session, base = base_of(model)
     reason = _against_all(session, base)
     if reason is not None or session is None:
         return Plan(why_not={ALL: reason or "there is no ReFT adapter"})
     why: dict[str, str] = {}
-    expressions = tuple(sorted({e for name in session.active for e in session.positions.get(name, ())}))
+    expressions = tuple(sorted({e for name in session.names for e in session.positions.get(name, ())}))
     sites = _sites(base, session)
     blocks = _blocks(base)
 
@@ -78,7 +80,7 @@ def make_plan(model: Any) -> Plan:
     heads = frozen or _against_heads(base, blocks, expressions, session)
     if heads:
         why[HEADS] = heads
-    return Plan(LOGITS not in why, depth, HEADS not in why, why, expressions)
+    return Plan(LOGITS not in why, depth, HEADS not in why, why, expressions, tuple(session.names))
 
 
 def base_of(model: Any) -> tuple[Session | None, Any]:
@@ -101,11 +103,11 @@ def _blocks(base: Any) -> list[str]:
 
 
 def _sites(base: nn.Module, session: Session) -> list[str]:
-    """Paths of the active adapters' layers, such as "model.layers.3.edit_output"."""
+    """Paths of the layers of the adapters that edit, such as "model.layers.3.edit_output"."""
     return [
         name
         for name, module in base.named_modules()
-        if isinstance(module, ReftLayer) and any(adapter in module.groups for adapter in session.active)
+        if isinstance(module, ReftLayer) and any(adapter in module.groups for adapter in session.names)
     ]
 
 
@@ -162,8 +164,8 @@ def randomness(base: nn.Module) -> str | None:
                 return f"{name or 'the model'}: dropout {module.p:g}"
             continue
         for key, value in vars(module).items():
-            known = "drop" in key or "jitter" in key
-            if known and isinstance(value, float) and value > 0:
+            known = "drop" in key or "jitter" in key or key == NOISE
+            if known and isinstance(value, (int, float) if key == NOISE else float) and value > 0:
                 return f"{name or 'the model'}: {key} {value:g}"
     return None
 
@@ -193,7 +195,7 @@ def _against_heads(base: Any, blocks: list[str], expressions: tuple[str, ...], s
     early = next((e for e in expressions if any(t.name in _FROM_THE_START for t in parse(e))), None)
     if early is not None:
         return f"the positions {early} edit the prompt from its start"
-    own = (m for name in session.active for m in session.interventions.get(name, ()))
+    own = (m for name in session.names for m in session.interventions.get(name, ()))
     if any(getattr(m, "couples_positions", False) for m in own):
         return "the intervention reads a whole prompt at once"
     if base.training and any(getattr(m, "gradient_checkpointing", False) for m in base.modules()):

@@ -50,7 +50,7 @@ def read_rows(inputs: Mapping[str, Any], expressions: Iterable[str], split: bool
 
     Args:
         inputs: what a collator made: input_ids and labels, and any of attention_mask, prompt_mask and position_ids.
-        expressions: positions of the active adapters.
+        expressions: positions of the adapters that edit.
         split: False lets every window begin at the first token.
         select: the head will run on the rows that predict a label only; else the last labelled token stays in the
             window, because the loss shifts labels within it.
@@ -60,6 +60,8 @@ def read_rows(inputs: Mapping[str, Any], expressions: Iterable[str], split: bool
     unknown = sorted(k for k, v in inputs.items() if k not in KNOWN and isinstance(v, Tensor))
     if unknown:
         raise NotReusableError(f"the batch holds {', '.join(unknown)}, of which reftune knows nothing")
+    if inputs.get("adapter_names") is not None:
+        raise NotReusableError("its rows name adapters of their own")
     ids, labels = inputs.get("input_ids"), inputs.get("labels")
     if not isinstance(ids, Tensor) or not isinstance(labels, Tensor) or ids.dim() != 2 or labels.shape != ids.shape:
         raise NotReusableError("the batch has no input_ids with labels of the same shape, (batch, tokens)")
