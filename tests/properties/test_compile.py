@@ -56,6 +56,17 @@ def test_a_compiled_forward_is_the_plain_one(positions: str) -> None:
     torch.testing.assert_close(compiled(IDS, attention_mask=MASK).logits, expected)
 
 
+def test_a_graph_compiled_after_training_takes_r_on_orthonormal_rows() -> None:
+    model = adapted("all").train()
+    optimiser = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=10.0)
+    model(IDS, attention_mask=MASK, labels=LABELS).loss.backward()
+    optimiser.step()
+    compiled = torch.compile(model.eval(), backend="eager", fullgraph=True)
+    with torch.no_grad():
+        found = compiled(IDS, attention_mask=MASK).logits
+        torch.testing.assert_close(found, model(IDS, attention_mask=MASK).logits)
+
+
 @pytest.mark.parametrize("kind", ["loreft", "postblock"])
 def test_compiled_training_is_plain_training_and_keeps_r_orthonormal(kind: str) -> None:
     plain, other = (adapted("f2+l2", intervention=kind).train() for _ in range(2))

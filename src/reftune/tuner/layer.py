@@ -12,7 +12,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..interventions import Intervention
+from ..interventions import Intervention, retract_all
 from .batch import Batch
 from .mix import Mix
 from .routing import Together, call, edit_routed, replace_rows, turns
@@ -151,6 +151,9 @@ class ReftLayer(nn.Module, BaseTunerLayer):
     def train(self, mode: bool = True) -> "ReftLayer":
         self.routes = self.turns = None  # the copies of weights that they hold may be old, see `Bank`
         super().train(mode)
+        if not mode:  # a compiled graph takes R as the optimiser left it
+            active: Any = self.active_adapters
+            retract_all(module for name in active for module in self.interventions(name))
         return self
 
     def delete_adapter(self, adapter_name: str) -> None:
