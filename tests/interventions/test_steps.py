@@ -70,3 +70,18 @@ def test_a_compiled_step_is_noticed_and_compiled_once() -> None:
             last = Steps.last
             step()
             assert Steps.last is not last
+
+
+def test_setting_to_eval_puts_r_right_after_a_step_and_leaves_a_pass_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    # as on a GPU, where nobody waits to hear that R is right already, and it is written again
+    monkeypatch.setattr("reftune.interventions.orthogonal.may_ask", lambda device: False)
+    model, optimizer = adapted(torch.optim.AdamW, 0.5)
+    rows = [parameter for name, parameter in model.named_parameters() if name.endswith(".R")]
+    for _ in range(2):
+        loss = model.train()(IDS, labels=LABELS).loss
+        model.eval()
+        loss.backward()
+        optimizer.step()
+    assert max(map(orthonormality_error, rows)) > 0.1
+    model.train().eval()
+    assert max(map(orthonormality_error, rows)) < 1e-5

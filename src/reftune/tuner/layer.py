@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..interventions import Intervention, retract_all
+from ..interventions.steps import Steps
 from .batch import Batch
 from .mix import Mix
 from .routing import Together, call, edit_routed, replace_rows, turns
@@ -150,8 +151,9 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
     def train(self, mode: bool = True) -> "ReftLayer":
         self.routes = self.turns = None  # the copies of weights that they hold may be old, see `Bank`
+        stepped = self.training and not mode and self.session.righted is not Steps.last
         super().train(mode)
-        if not mode:  # a compiled graph takes R as the optimiser left it
+        if stepped:  # a compiled graph takes R as it stands; a backward still to come, as its forward had it
             active: Any = self.active_adapters
             retract_all(module for name in active for module in self.interventions(name))
         return self
