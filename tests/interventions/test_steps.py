@@ -72,11 +72,14 @@ def test_a_compiled_step_is_noticed_and_compiled_once() -> None:
             assert Steps.last is not last
 
 
-def test_setting_to_eval_puts_r_right_after_a_step_and_leaves_a_pass_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_setting_to_eval_puts_r_right_and_a_backward_may_follow(monkeypatch: pytest.MonkeyPatch) -> None:
     # as on a GPU, where nobody waits to hear that R is right already, and it is written again
     monkeypatch.setattr("reftune.interventions.orthogonal.may_ask", lambda device: False)
-    model, optimizer = adapted(torch.optim.AdamW, 0.5)
-    rows = [parameter for name, parameter in model.named_parameters() if name.endswith(".R")]
+    model = get_reft_model(tiny_llama(layers=2), ReftConfig(r=2, layers="all"), adapter_name="first")
+    model.add_adapter("then", ReftConfig(r=4, layers="all", orthogonal_to=["first"]))
+    model.set_adapter("then")
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.5)
+    rows = [parameter for name, parameter in model.named_parameters() if name.endswith("then.R")]
     for _ in range(2):
         loss = model.train()(IDS, labels=LABELS).loss
         model.eval()

@@ -13,7 +13,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..interventions import Intervention, retract_all
-from ..interventions.steps import Steps
 from .batch import Batch
 from .mix import Mix
 from .routing import Together, call, edit_routed, replace_rows, turns
@@ -151,9 +150,9 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
     def train(self, mode: bool = True) -> "ReftLayer":
         self.routes = self.turns = None  # the copies of weights that they hold may be old, see `Bank`
-        stepped = self.training and not mode and self.session.righted is not Steps.last
+        trained = self.training and not mode
         super().train(mode)
-        if stepped:  # a compiled graph takes R as it stands; a backward still to come, as its forward had it
+        if trained:  # a compiled graph takes R as it stands, and the optimiser touched it last
             active: Any = self.active_adapters
             retract_all(module for name in active for module in self.interventions(name))
         return self

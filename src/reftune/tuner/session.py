@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from ..interventions import retract_all
 from ..interventions.choice import Choice
-from ..interventions.steps import Steps
 from ..positions import parse
 from ..sites import Site
 from .batch import Batch, Inputs, Prompt, call_arguments
@@ -65,7 +64,6 @@ class Session:
         self.mix: Mix | None = None  # takes the place of `active` where there is one
         self.enabled = True
         self.needs_wrapper = False
-        self.righted: object = None  # the step after which a training pass last put every R right
         self.interventions: dict[str, tuple[Any, ...]] = {}
         config = getattr(model, "config", None)
         generates = getattr(model, "can_generate", None)
@@ -265,8 +263,6 @@ class Session:
     def _retract(self) -> None:
         """All R of the active adapters, put right in one batched call."""
         retract_all(module for name in self.names for module in self.interventions.get(name, ()))
-        if not torch.compiler.is_compiling():  # a graph would be guarded by the step, and compiled anew after each
-            self.righted = Steps.last
 
 
 def _past(cache: Any, prompt: Prompt | None, places: Any = None) -> int:
