@@ -8,6 +8,8 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from conftest import tiny_llama
 from integration.tiny_training import batch
@@ -112,3 +114,11 @@ def test_a_disabled_adapter_is_the_base_under_checkpointing() -> None:
     checkpoint(model, reentrant=False)
     with model.disable_adapter():
         assert torch.equal(model(**batch(0)).logits, base(**batch(0)).logits)
+
+
+def test_a_checkpointing_around_the_blocks_says_what_to_use_instead() -> None:
+    model = reft("block_output", "all")
+    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, LlamaDecoderLayer))
+    loss = model(**batch(0), use_cache=False).loss
+    with pytest.raises(RuntimeError, match=r"checkpoint_wrapper.*use the model's own, gradient_checkpointing_enable"):
+        loss.backward()

@@ -70,7 +70,9 @@ class ReftLayer(nn.Module, BaseTunerLayer):
                 return hidden
             raise RuntimeError(
                 "A block with a ReFT adapter ran outside a forward pass of its model, so its positions cannot be "
-                "told. Call the model, or disable the adapter around this call (model.disable_adapter())."
+                "told. Call the model, or disable the adapter around this call (model.disable_adapter()). In a "
+                "backward pass: the block is recomputed by a checkpointing around it, torch's checkpoint_wrapper or "
+                "FSDP's activation_checkpointing; use the model's own, gradient_checkpointing_enable()."
             )
         if batch.nothing:
             return hidden
