@@ -1,4 +1,4 @@
-"""Checkpoints to go on from: the last that was written to its end, and the steps that it has behind it.
+"""Checkpoints to go on from: the last that was written to its end, its steps, and the recipe that each is given.
 
     checkpoint = last_whole_checkpoint("runs/reft")      # None if there is none
     steps_done(checkpoint)

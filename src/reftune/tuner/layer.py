@@ -181,6 +181,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
             if device is not None and not any(p.is_meta for p in intervention.parameters()):
                 intervention.to(device)
 
+    # PEFT's own exception for layers that cannot be merged in place, with what to do instead.
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise NotImplementedError(
             "A ReFT adapter cannot be merged in place and taken out again. Use merge_and_unload(), which merges it "
