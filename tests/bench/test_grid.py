@@ -132,6 +132,10 @@ def test_settings_by_task_and_by_method() -> None:
         ({"seeds": ["a"]}, "seeds must be a list of whole numbers"),
         ({"seeds": [1, 1]}, "seeds names something twice"),
         ({"tasks": ["rte", "rte"]}, "tasks names something twice"),
+        ({"tasks": ["rte"], "train_tasks": ["mnli"]}, "rte: a classifier is trained on the task that it is scored on"),
+        ({"tasks": ["rte", "wnli"], "joint": True}, r"rte\+wnli: a classifier is trained on the task"),
+        ({"suite": "instruct", "tasks": ["alpaca_eval"]}, "alpaca_eval: no task with rows to train on"),
+        ({"suite": "instruct", "tasks": ["alpaca", "alpaca_eval"], "joint": False}, "alpaca_eval: no task with rows"),
     ],
 )
 def test_mistakes(wrong: dict[str, Any], said: str) -> None:
@@ -147,6 +151,13 @@ def test_glue_as_a_cloze_is_a_language_models() -> None:
     loreft = next(job.method for job in found if job.method.method == "loreft")
     assert (loreft.options["positions"], loreft.options["r"]) == ("f7+l7", 8)
     assert all(job.classifies for job in jobs(load_grid(content | {"methods": ["loreft"]})))
+
+
+def test_what_is_trained_on_one_task_and_scored_on_others_is_for_language_models() -> None:
+    content = {"suite": "glue", "template": "cloze", "tasks": ["rte", "wnli"], "methods": ["loreft"], "seeds": [0]}
+    assert {job.train_tasks for job in jobs(load_grid(content | {"train_tasks": ["mnli"]}))} == {("mnli",)}
+    assert {job.task for job in jobs(load_grid(content | {"joint": True}))} == {"rte+wnli"}
+    assert jobs(load_grid({"suite": "instruct", "tasks": ["alpaca_eval"], "methods": ["base"]}))
 
 
 def test_a_section_cannot_be_set_below_a_value() -> None:

@@ -1,6 +1,6 @@
 """What is wrong with a grid, said before hours of training: values, methods, the model, data, packages, the judge.
 
-check_values(grid); check_methods(jobs(grid))      # by `load_grid`
+check_values(grid); check_training(jobs(grid)); check_methods(jobs(grid))      # by `load_grid`
 check_grounds(grid, folder)                        # by `run_grid`, which alone needs the model, the data and the judge
 """
 
@@ -101,6 +101,18 @@ def check_methods(found: "Iterable[Job]") -> None:
         except (TypeError, ValueError) as error:
             said = str(error).replace("__init__() got an unexpected keyword argument", "has no setting")
             raise RecipeError(f"The method {job.method.name} ({job.task}): {said}") from error
+
+
+def check_training(found: "Iterable[Job]") -> None:
+    """Raise RecipeError for a run that would train on other tasks than the grid names, or on none."""
+    for job in found:
+        if job.classifies and (len(job.tasks) > 1 or job.train_tasks != job.tasks):
+            raise RecipeError(
+                f"{job.task}: a classifier is trained on the task that it is scored on, for each has its own head. "
+                "Leave joint and train_tasks out, or ask a language model (template: cloze)."
+            )
+        if job.method.method != "base" and not any(task(name).trains for name in job.train_tasks):
+            raise RecipeError(f"{job.task}: no task with rows to train on. Name some in train_tasks.")
 
 
 def check_grounds(grid: "Grid", folder: Path | None) -> None:

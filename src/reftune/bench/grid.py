@@ -17,7 +17,7 @@ from typing import Any, Literal
 from reftune.train.recipe_file import from_dict
 from reftune.train.yaml_file import RecipeError, parse, read_text
 
-from .checks import check_methods, check_values
+from .checks import check_methods, check_training, check_values
 from .methods import Method, is_reft, rates, resolve
 from .tasks import SUITES, task
 
@@ -188,7 +188,9 @@ def load_grid(source: str | Path | Mapping[str, Any], overrides: Mapping[str, An
     check_values(grid)
     if grid.classifies and any(resolve(m, "glue", grid.reft).method == "base" for m in grid.methods):
         raise RecipeError("The untouched base has no head for GLUE, so it has no score there: use probe instead.")
-    check_methods({json.dumps(j.method.to_dict(), sort_keys=True, default=str): j for j in jobs(grid)}.values())
+    plan = jobs(grid)
+    check_training(plan)
+    check_methods({json.dumps(j.method.to_dict(), sort_keys=True, default=str): j for j in plan}.values())
     return grid
 
 
