@@ -137,6 +137,20 @@ def test_runs_of_different_grids_are_not_averaged() -> None:
         report([*rows(), row("red", "rte", 1, {"rte": {"accuracy": 0.6}}, rows=seen)])
 
 
+def test_runs_trained_on_other_tasks_are_not_averaged() -> None:
+    """A joint grid that was given one task more has trained all of its runs on other rows."""
+
+    def joint(seed: int, trained: list[str], *evaluated: str) -> dict[str, Any]:
+        made = row("loreft", "+".join(evaluated), seed, {n: {"accuracy": 0.5} for n in evaluated}, suite="commonsense")
+        return made | {"spec": made["spec"] | {"tasks": list(evaluated), "train_tasks": trained}}
+
+    few, more = ["boolq"], ["boolq", "piqa"]
+    for other in (joint(1, more, "boolq", "piqa"), joint(1, more, "boolq")):
+        with pytest.raises(ValueError, match=r"on boolq here: train_tasks \['boolq'\] and \['boolq', 'piqa'\]"):
+            report([joint(0, few, "boolq"), other])
+    assert "| 50.0 ± 0.0 |" in report([joint(0, more, "boolq"), joint(1, more, "boolq", "piqa")])
+
+
 @pytest.mark.parametrize(
     ("more", "key", "without", "named"),
     [

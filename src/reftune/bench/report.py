@@ -180,16 +180,16 @@ def _agree(rows: Sequence[dict[str, Any]]) -> None:
     for row in rows:
         if row["stage"] != "final":
             continue
-        spec = {k: v for k, v in row["spec"].items() if k not in ("seed", "lr", "tasks", "train_tasks")}
-        own = usual | _flat(spec)
-        first = settings.setdefault((row["task"], row["method"]), own)
-        differ = [key for key in first | own if first.get(key) != own.get(key)]
-        if differ:
-            shown = "; ".join(f"{key} {first.get(key)!r} and {own.get(key)!r}" for key in differ[:3])
-            raise ValueError(
-                f"{row['method']} has runs of different settings on {row['task']} here: {shown}. "
-                "Give each grid an --out of its own, and remove the rows that do not belong."
-            )
+        own = usual | _flat({k: v for k, v in row["spec"].items() if k not in ("seed", "lr", "tasks")})
+        for name in row["task"].split("+"):  # the tasks of a joint run are averaged one by one
+            first = settings.setdefault((name, row["method"]), own)
+            differ = [key for key in first | own if first.get(key) != own.get(key)]
+            if differ:
+                shown = "; ".join(f"{key} {first.get(key)!r} and {own.get(key)!r}" for key in differ[:3])
+                raise ValueError(
+                    f"{row['method']} has runs of different settings on {name} here: {shown}. "
+                    "Give each grid an --out of its own, and remove the rows that do not belong."
+                )
         for name, found in row["rows"].items():
             if digests.setdefault((row["seed"], row["task"], name), found["digest"]) != found["digest"]:
                 raise ValueError(
