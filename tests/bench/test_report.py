@@ -294,6 +294,13 @@ def test_every_rate_that_was_tried_is_shown_with_the_best_in_bold() -> None:
     assert "Selection rows" not in report(rows())
 
 
+def test_a_rate_that_broke_down_is_not_the_best_by_score() -> None:
+    """nan answers are all of one class, which may be the larger one."""
+    broken = sweep("lora", "rte", 1e-2, 0.6, "score")
+    broken["selection"]["loss"] = None
+    assert "| lora | 0.001: **50.0**, 0.01: broke down |" in report([sweep("lora", "rte", 1e-3, 0.5, "score"), broken])
+
+
 def test_where_only_the_base_is_final_the_sweeps_say_what_is_trained() -> None:
     base = row("base", "rte", 0, {"rte": {"accuracy": 0.5}}, steps=0, lr=None, sweep=None)
     text = report([base, sweep("lora", "rte", 2e-3, 0.5)])

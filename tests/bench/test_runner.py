@@ -77,6 +77,18 @@ def test_a_row_holds_what_is_needed_to_repeat_it(places: dict[str, str], tmp_pat
     assert same[0] == same[1]
 
 
+@pytest.mark.parametrize("by", ["loss", "score"])
+def test_a_rate_that_broke_down_is_not_chosen(by: str, places: dict[str, str], tmp_path: Path) -> None:
+    """The answers of a model of nan are all of one class, which may be the larger one."""
+    methods = [{"method": "loreft", "lrs": [1e-3, 1e-2, 1e-1]}]
+    plan, store = jobs(glue(places, methods=methods, seeds=[0], sweep={"by": by})), Store(tmp_path)
+    reached = {1e-3: (0.5, 0.7), 1e-2: (0.5, 0.6), 1e-1: (0.6, float("nan"))}
+    for job in plan[:3]:
+        score, loss = reached[job.lr or 0]
+        store.put({"id": job.id, "started": "", "lr": job.lr, "selection": {"score": score, "loss": loss}})
+    assert best_lr(plan[3], plan, store)[0] == 1e-2
+
+
 @pytest.mark.parametrize(
     ("suite", "tasks", "expected"),
     [

@@ -34,9 +34,10 @@ def _by(row: Mapping[str, Any]) -> str:
 
 
 def _value(row: Mapping[str, Any]) -> float:
-    """What the best has least of."""
-    found = row["selection"].get(_by(row))
-    if found is None or not math.isfinite(found):
+    """What the best has least of; inf for a run that broke down, which has no finite loss (see `runner.best_lr`)."""
+    selection = row["selection"]
+    found = selection.get(_by(row))
+    if any(value is None or not math.isfinite(value) for value in (found, selection.get("loss", 0.0))):
         return math.inf
     return -float(found) if _by(row) == "score" else float(found)
 

@@ -119,7 +119,10 @@ def run_grid(
 
 
 def best_lr(job: Job, plan: list[Job], store: Store) -> tuple[float | None, list[dict[str, Any]]]:
-    """The learning rate of a final job and the sweep behind it; by held-out loss, or by score with the loss as tie."""
+    """The learning rate of a final job and the sweep behind it; by held-out loss, or by score with the loss as tie.
+
+    A run that broke down, which has no finite loss, comes last either way: its answers are all of one class.
+    """
     if job.lr is not None or not job.method.lrs:
         return job.lr, []
     rows = [store.get(sweep.id) for sweep in _sweeps(job, plan)]
@@ -127,8 +130,9 @@ def best_lr(job: Job, plan: list[Job], store: Store) -> tuple[float | None, list
 
     def key(row: dict[str, Any]) -> tuple[float, float]:
         loss, score = row["selection"].get("loss"), row["selection"].get("score")
-        worst = math.inf if loss is None else loss  # a run that broke down has no finite loss
-        return (-(score if score is not None else -math.inf), worst) if by_score else (worst, worst)
+        if loss is None:
+            return (math.inf, math.inf)
+        return (-(score if score is not None else -math.inf), loss) if by_score else (loss, loss)
 
     best = min(rows, key=key)
     return best["lr"], [{"lr": row["lr"], **row["selection"]} for row in rows]
