@@ -196,6 +196,18 @@ def test_on_a_cpu_the_time_to_train_is_cpu_time() -> None:
         assert summarise([made])[0].seconds == [expected]
 
 
+def test_a_run_that_went_on_from_a_checkpoint_has_no_time() -> None:
+    """It knows how long its last part took."""
+    found = rows()
+    found[0] |= {"resumed": True, "seconds": {"train": 1.0, "step": 0.5, "all": 2.0}}
+    text = report(found)
+    assert "| 51.0 ± 1.4 | 0.50 | 10 |" in text
+    assert "The time of runs that were cut off and went on is left out." in text
+    text = report([one | {"resumed": one["method"] == "lora"} for one in rows()])
+    assert "| 40.0 ± 0.0 | 0.50 | – |" in text
+    assert "cut off" not in report(rows())
+
+
 def test_an_accelerator_is_named() -> None:
     assert "accelerator" not in report(rows()).lower()
     gpu = {"device": "cuda", "accelerator": "NVIDIA H100"}
@@ -245,6 +257,7 @@ def test_plots_are_written(tmp_path: Path) -> None:
     loss = row("loreft", "alpaca+ultrafeedback", 0, scored, suite="instruct")
     assert len(plot_all([*rows(), loss], tmp_path)) == 2  # one method alone is no plot
     assert len(plot_all([*rows(), loss, loss | {"method": "lora"}], tmp_path)) == 4
+    assert len(plot([one | {"resumed": True} for one in rows()], tmp_path / "resumed")) == 2  # whose times are unknown
     assert drawn(summarise(rows())) == [("cola", "matthews"), ("rte", "accuracy")]
     assert drawn(summarise([loss])) == [("alpaca", "loss"), ("ultrafeedback", "loss")]
     with pytest.raises(ValueError, match="nothing to plot"):

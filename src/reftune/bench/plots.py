@@ -31,11 +31,11 @@ def plot(rows: Sequence[dict[str, Any]], directory: str | Path, stem: str = "ben
     made = []
     axes = {
         "parameters": ("parameters trained (head apart)", lambda one: one.trainable),
-        "time": ("seconds to train", lambda one: statistics.fmean(one.seconds)),
+        "time": ("seconds to train", lambda one: statistics.fmean(one.seconds) if one.seconds else None),
     }
     for name, (label, value) in axes.items():
         path = place / f"{stem}-{name}.png"
-        _draw([(one, float(value(one))) for one in summaries], columns, label, path)
+        _draw([(one, float(x)) for one in summaries if (x := value(one)) is not None], columns, label, path)
         made.append(path)
     return made
 
@@ -70,7 +70,8 @@ def _draw(points: Sequence[tuple[Summary, float]], columns: list[tuple[str, str]
     unit = "loss (lower is better)" if losses else "percent"
     axis.set_ylabel(f"mean of {len(columns)} task{'s' if len(columns) > 1 else ''}, {unit}")
     axis.grid(alpha=0.3)
-    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)  # names beside the points would overlap
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)  # names beside the points would overlap
     figure.savefig(path, dpi=150)
 
 

@@ -28,12 +28,13 @@ class Summary:
     trainable: int = 0
     heads: set[int] = field(default_factory=set)  # numbers of a classifier's head, which go with the task's classes
     scores: dict[tuple[str, str], dict[int, float]] = field(default_factory=lambda: defaultdict(dict))
-    seconds: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)  # of runs that were not cut off
     step: list[float] = field(default_factory=list)
     rates: dict[str, float | None] = field(default_factory=dict)
     head_rates: dict[str, float] = field(default_factory=dict)  # where the head has a rate of its own
     at_end: set[str] = field(default_factory=set)
     reuses: bool = False
+    resumed: bool = False
 
     def by_seed(self, columns: Sequence[tuple[str, str]]) -> dict[int, float]:
         """The mean over the columns, for each seed that has them all."""
@@ -50,7 +51,10 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[Summary]:
         one = found.setdefault(row["method"], Summary(row["method"]))
         one.trainable = max(one.trainable, row["trainable"])
         one.heads |= {row["head"]} - {0}
-        one.seconds.append(_training_time(row))
+        if row.get("resumed"):  # it knows the time of its last part alone
+            one.resumed = True
+        else:
+            one.seconds.append(_training_time(row))
         one.step.append(row["seconds"]["step"])
         one.rates[row["task"]] = row["lr"]
         if (head_lr := row["spec"]["train"].get("head_lr")) is not None:
@@ -122,7 +126,8 @@ def _main(summaries: Sequence[Summary], columns: list[tuple[str, str]]) -> str:
         cells = [one.method, f"{one.trainable:,}"]
         cells += [cell(list(one.scores[c].values()), _metric(c).share) for c in columns]
         cells += [cell(list(one.by_seed(columns).values()))] if len(heads) > len(cells) else []
-        lines.append([*cells, f"{statistics.fmean(one.step):.2f}", f"{statistics.fmean(one.seconds):.0f}"])
+        whole = f"{statistics.fmean(one.seconds):.0f}" if one.seconds else "–"
+        lines.append([*cells, f"{statistics.fmean(one.step):.2f}", whole])
     return table([*heads, "s a step", "s to train"], lines)
 
 
@@ -221,9 +226,10 @@ def _notes(summaries: Sequence[Summary], columns: list[tuple[str, str]]) -> str:
     reuse = f" What the frozen base makes the same in all runs was computed once for {reusing}." if reusing else ""
     uneven = any(set(one.by_seed(columns)) != set(one.scores[c]) for one in summaries for c in columns if one.scores[c])
     average = " An average is over the seeds that have all tasks." if _has_average(columns) and uneven else ""
+    cut = " The time of runs that were cut off and went on is left out." if any(s.resumed for s in summaries) else ""
     return (
         f"Mean ± sample standard deviation over seeds; shares, accuracies and correlations in percent.{average}{head} "
-        f"A step: the median, wall time; to train: CPU time on a CPU, else wall time.{reuse}"
+        f"A step: the median, wall time; to train: CPU time on a CPU, else wall time.{cut}{reuse}"
     )
 
 
