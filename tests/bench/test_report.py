@@ -208,6 +208,15 @@ def test_a_run_that_went_on_from_a_checkpoint_has_no_time() -> None:
     assert "cut off" not in report(rows())
 
 
+def test_seeds_without_a_finite_value_are_named() -> None:
+    found = [row("lora", "alpaca", seed, {"alpaca": {"loss": 1.8}}, suite="instruct") for seed in (0, 1)]
+    broken = row("lora", "alpaca", 2, {"alpaca": {"loss": None}}, suite="instruct")
+    text = report([*found, broken])
+    assert "| lora | 1,000,000 | 1.800 ± 0.000 |" in text
+    assert "Without a finite value, and so in no mean: lora on alpaca (loss), seed 2." in text
+    assert "finite" not in report(found)
+
+
 def test_an_accelerator_is_named() -> None:
     assert "accelerator" not in report(rows()).lower()
     gpu = {"device": "cuda", "accelerator": "NVIDIA H100"}

@@ -28,6 +28,7 @@ class Summary:
     trainable: int = 0
     heads: set[int] = field(default_factory=set)  # numbers of a classifier's head, which go with the task's classes
     scores: dict[tuple[str, str], dict[int, float]] = field(default_factory=lambda: defaultdict(dict))
+    lost: dict[tuple[str, str], set[int]] = field(default_factory=lambda: defaultdict(set))  # seeds whose value was nan
     seconds: list[float] = field(default_factory=list)  # of runs that were not cut off
     step: list[float] = field(default_factory=list)
     rates: dict[str, float | None] = field(default_factory=dict)
@@ -64,7 +65,9 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[Summary]:
             one.at_end.add(row["task"])
         for name, metrics in row["metrics"].items():
             for metric, value in metrics.items():
-                if value is not None:
+                if value is None:
+                    one.lost[name, metric].add(row["seed"])
+                else:
                     one.scores[name, metric][row["seed"]] = value
     return list(found.values())
 
@@ -229,8 +232,18 @@ def _notes(summaries: Sequence[Summary], columns: list[tuple[str, str]]) -> str:
     cut = " The time of runs that were cut off and went on is left out." if any(s.resumed for s in summaries) else ""
     return (
         f"Mean ± sample standard deviation over seeds; shares, accuracies and correlations in percent.{average}{head} "
-        f"A step: the median, wall time; to train: CPU time on a CPU, else wall time.{cut}{reuse}"
+        f"A step: the median, wall time; to train: CPU time on a CPU, else wall time.{cut}{reuse}{_lost(summaries)}"
     )
+
+
+def _lost(summaries: Sequence[Summary]) -> str:
+    """The runs that have no finite value of a metric, as where training broke down; "" if there are none."""
+    found = [
+        f"{one.method} on {name} ({metric}), seed {', '.join(map(str, sorted(seeds)))}"
+        for one in summaries
+        for (name, metric), seeds in one.lost.items()
+    ]
+    return f" Without a finite value, and so in no mean: {'; '.join(found)}." if found else ""
 
 
 def _metric(column: tuple[str, str]) -> Any:
