@@ -217,6 +217,10 @@ def test_seeds_without_a_finite_value_are_named() -> None:
     assert "finite" not in report(found)
 
 
+def test_names_may_hold_what_divides_cells() -> None:
+    assert r"| l1\|l2 | 1,000,000 |" in report([row("l1|l2", "rte", 0, {"rte": {"accuracy": 0.6}})])
+
+
 def test_an_accelerator_is_named() -> None:
     assert "accelerator" not in report(rows()).lower()
     gpu = {"device": "cuda", "accelerator": "NVIDIA H100"}
@@ -271,6 +275,17 @@ def test_plots_are_written(tmp_path: Path) -> None:
     assert drawn(summarise([loss])) == [("alpaca", "loss"), ("ultrafeedback", "loss")]
     with pytest.raises(ValueError, match="nothing to plot"):
         plot([row("loreft", "alpaca", 0, {"alpaca": {}}, suite="instruct")], tmp_path)
+
+
+def test_every_model_has_plots_of_its_own(tmp_path: Path) -> None:
+    """Also two of one name in different folders; a link in Markdown ends at a space."""
+    pytest.importorskip("matplotlib")
+    made = []
+    for model in ("a/my model", "b/my model", "c"):
+        made += [one | {"spec": one["spec"] | {"model": model}} for one in rows()]
+    names = [path.name for path in plot_all(made, tmp_path)]
+    assert names[::2] == [f"glue-{name}-parameters.png" for name in ("my-model", "my-model-2", "c")]
+    assert sorted(names) == sorted(path.name for path in tmp_path.iterdir())
 
 
 def test_rows_left_out_or_cut_are_counted() -> None:

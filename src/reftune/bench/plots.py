@@ -1,5 +1,6 @@
 """Plots of a grid's results: accuracy, or the held-out loss, against parameters and against training time, PNG."""
 
+import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,11 +79,16 @@ def _draw(points: Sequence[tuple[Summary, float]], columns: list[tuple[str, str]
 def plot_all(rows: Sequence[dict[str, Any]], directory: str | Path) -> list[Path]:
     """The plots of every suite and model in the rows that has several methods and something to average."""
     made: list[Path] = []
+    stems: list[str] = []
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["suite"], row["spec"]["model"]), []).append(row)
     for (suite, model), group in groups.items():
         summaries = summarise(group)
         if len(summaries) > 1 and drawn(summaries):
-            made += plot(group, directory, suite if len(groups) == 1 else f"{suite}-{Path(model).name}")
+            # no spaces, which end a link in Markdown
+            stem = suite if len(groups) == 1 else re.sub(r"[^\w.-]+", "-", f"{suite}-{Path(model).name}")
+            stems.append(stem)
+            alike = stems.count(stem)  # models of one name, in different folders
+            made += plot(group, directory, f"{stem}-{alike}" if alike > 1 else stem)
     return made
