@@ -1,5 +1,6 @@
 """Answers as a cloze: no end of turn, compared by the letter; GLUE by its own metrics."""
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +22,32 @@ def test_a_cloze_ends_nowhere() -> None:
     assert tokenizer.decode(ids) == item.response == " abababab"
     assert paper.response(item, item.response) == [*ids, tokenizer.eos_token_id]
     assert paper.items("arc_easy", [ROW])[0].response == "the correct answer is answer2"
+
+
+def llama_like() -> Any:
+    """A tokenizer of characters that begins every text with a space, as those of LLaMA and Llama-2 do."""
+    from tokenizers import Tokenizer, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = ["<s>", "</s>", "<unk>", *"\u2581abcdefghijklmnopqrstuvwxyzQA:?\n", "\u2581y", "\u2581\u2581"]
+    merges = [("\u2581", "y"), ("\u2581", "\u2581")]
+    core = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(letters)}, merges=merges, unk_token="<unk>"))
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def test_a_cloze_goes_on_in_the_tokens_of_the_whole_text() -> None:
+    """As in lm-evaluation-harness: a tokenizer that begins a text with a space would put two before an answer."""
+    for tokenizer in (llama_like(), tiny_tokenizer(chat=False)):
+        words = Words(tokenizer, "cloze")
+        (item,) = words.items("boolq", [{"context": "b", "question": "is it", "answer": 0}])
+        for text in item.choices:
+            whole = tokenizer(item.prompt + text)["input_ids"]
+            assert words.prompt(item) + words.response(item, text) == whole
+    merged = tiny_tokenizer(chat=False)  # "aa" is one token: over the seam the answer keeps its own
+    (item,) = Words(merged, "cloze").items("arc_easy", [ROW])
+    seam = dataclasses.replace(item, prompt="ba")
+    assert Words(merged, "cloze").response(seam, "ab") == merged("ab")["input_ids"]
 
 
 def test_glue_as_a_cloze_is_scored_by_its_own_metric(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,7 +101,10 @@ class Words:
 
     def response(self, item: Item, text: str) -> list[int]:
         """The ids of an answer, with what ends it; in a cloze nothing does, as in lm-evaluation-harness."""
-        if self.cloze:
+        if self.cloze:  # by itself SentencePiece would begin it with a second space
+            prompt, whole = self.prompt(item), self._template.prompt_ids(item.prompt + text)
+            if whole[: len(prompt)] == prompt:
+                return whole[len(prompt) :]
             return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         return self._template.response_ids(item.instruction if self.chat else item.prompt, text)
 
