@@ -10,7 +10,7 @@ from tests.bench.places import tiny_encoder
 from tests.conftest import tiny_llama
 from tests.tiny_chat import tiny_tokenizer
 
-from reftune.bench.classify import Collator
+from reftune.bench.classify import BestEpoch, Collator
 from reftune.bench.grid import BudgetSection
 from reftune.bench.methods import METHODS, attach, resolve
 from reftune.bench.models import head_modules, load_classifier
@@ -51,6 +51,36 @@ def test_a_cut_off_run_goes_on_from_its_checkpoint(method: str, tmp_path: Path) 
     assert train(resumed, ReftDataCollator(tiny_tokenizer()), "cut").resumed == (method != "adalora")
     for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_a_cut_between_a_checkpoint_and_the_score_of_its_epoch_loses_no_epoch(tmp_path: Path) -> None:
+    rows = [{"input_ids": [i, 3, 60], "labels": i % 2} for i in range(4, 20)]
+    encoder = tiny_encoder(tmp_path / "encoder")
+
+    def train(work: str, cut: int | None = None) -> tuple[Any, list[float]]:
+        """The model of the best epoch and the scores; cut off when that many are known."""
+        model, tokenizer = load_classifier(str(encoder), 2, 0, None, None)
+        model, _ = attach(model, resolve("loreft", "glue", {}), head=head_modules(model), steps=12)
+
+        def score(made: Any) -> float:
+            if cut is not None and (tmp_path / work / f"checkpoint-{4 * (cut + 1)}").is_dir():
+                raise KeyboardInterrupt
+            return float(made.eval()(input_ids=torch.tensor([[5, 3, 60]])).logits[0, 1].detach())
+
+        best = BestEpoch(score, tmp_path / work)
+        budget = BudgetSection(epochs=3, batch_size=4, checkpoint_steps=4)
+        how: Any = {"lr": 1e-2, "seed": 1, "head": ["pooler", "classifier"], "work": tmp_path / work}
+        fit(model, rows, Collator(tokenizer), budget, **how, more_callbacks=[best])
+        return model, best.restore(model)
+
+    whole, expected = train("whole")
+    assert len(expected) == 3
+    for cut in (0, 1):
+        with pytest.raises(KeyboardInterrupt):
+            train(f"cut{cut}", cut)
+        model, scores = train(f"cut{cut}")
+        assert scores == expected
+        assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), model.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("method", ["loreft", "lora", "full"])

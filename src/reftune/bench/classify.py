@@ -67,17 +67,22 @@ class BestEpoch(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 0:  # what a killed run left, which wrote no checkpoint to go on from
             self.file.unlink(missing_ok=True)
+        elif state.epoch and float(state.epoch).is_integer() and state.epoch not in self._kept()["scores"]:
+            self.on_epoch_end(args, state, control, **kwargs)  # cut off after the checkpoint at this epoch's last step
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model = kwargs["model"]
         score = self.score(model)
         model.train()
-        kept: dict[str, Any] = torch.load(self.file) if self.file.is_file() else {"score": -math.inf, "scores": {}}
+        kept = self._kept()
         if score > kept["score"]:
             kept["score"] = score
             kept["trained"] = numbers(model)
         kept["scores"][round(state.epoch, 2)] = score  # by epoch: one that is run again counts once
         write(self.file, kept)
+
+    def _kept(self) -> dict[str, Any]:
+        return torch.load(self.file) if self.file.is_file() else {"score": -math.inf, "scores": {}}
 
     def restore(self, model: Any) -> list[float]:
         """Put the kept numbers back; returns the scores in the order of the epochs."""
