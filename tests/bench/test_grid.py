@@ -102,6 +102,7 @@ def test_settings_by_task_and_by_method() -> None:
         ({"methods": [{"method": "lora", "train": {"steps": 0}}]}, r"train of lora.steps must be at least 1"),
         ({"methods": [{"method": "loreft", "rank": 4}]}, "The method loreft .*has no setting 'rank'"),
         ({"methods": [{"method": "lora", "rank": 3}]}, "The method lora .*has no setting 'rank'"),
+        ({"methods": ["adalora"], "train": {"steps": 1}}, "The method adalora .*two at least"),
         ({"reft": {"positions": "zz"}}, "The method loreft .*zz"),
         ({"train": {"batch_size": 0}}, "train.batch_size must be at least 1, but is 0"),
         ({"train": {"epochs": 0}}, "train.epochs must be above 0, but is 0"),

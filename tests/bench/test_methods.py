@@ -245,6 +245,16 @@ def test_steps_of_a_budget() -> None:
     assert total_steps(40, BudgetSection(epochs=3, batch_size=16)) == 9
     assert total_steps(40, BudgetSection(epochs=3, batch_size=4, gradient_accumulation_steps=4)) == 9
     assert total_steps(40, BudgetSection(steps=5)) == 5
+    assert total_steps(40, BudgetSection(epochs=0.5, batch_size=16)) == 2  # Trainer rounds up
+
+
+def test_adalora_plans_for_the_steps_that_are_trained(tmp_path: Path) -> None:
+    """A step too few, and ranks were to be shared out before any gradient had been seen."""
+    budget = BudgetSection(epochs=0.5, batch_size=16)
+    model, _ = attach(tiny_llama(), resolve("adalora", "commonsense", {}), head=[], steps=total_steps(40, budget))
+    rows = [{"input_ids": [i, 3, 60, 61], "labels": [-100, -100, 60, 61]} for i in range(2, 42)]
+    found = fit(model, rows, ReftDataCollator(tiny_tokenizer()), budget, lr=1e-2, seed=0, head=[], work=tmp_path)
+    assert found.steps == model.peft_config["default"].total_step == 2
 
 
 def test_the_bundled_encoder_is_found() -> None:

@@ -97,7 +97,8 @@ def check_methods(found: "Iterable[Job]") -> None:
         if job.settings["train"]["head_lr"] is not None and not job.classifies:
             raise RecipeError("train.head_lr is the rate of a classifier's head, and a language model has none.")
         try:
-            configuration(job.method, head=["classifier"] if job.classifies else [], steps=100)
+            steps = job.settings["train"]["steps"] or 100  # any number: by epochs, the rows decide
+            configuration(job.method, head=["classifier"] if job.classifies else [], steps=steps)
         except (TypeError, ValueError) as error:
             said = str(error).replace("__init__() got an unexpected keyword argument", "has no setting")
             raise RecipeError(f"The method {job.method.name} ({job.task}): {said}") from error

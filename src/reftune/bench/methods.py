@@ -153,6 +153,8 @@ def configuration(method: Method, *, head: list[str], steps: int) -> Any:
     if head:
         shared["exclude_modules"] = rf".*\b({'|'.join(head)})\b.*"
     if method.method == "adalora":
+        if steps < 2:
+            raise ValueError("AdaLoRA shares its ranks out by the gradients of earlier steps: give it two at least.")
         plan = {"total_step": steps, "tinit": steps // 10, "tfinal": steps // 3, "deltaT": max(1, steps // 50)}
         return AdaLoraConfig(**(plan | method.options), **shared)
     if method.init_rows:

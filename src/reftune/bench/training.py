@@ -6,6 +6,7 @@ rounding alone.
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -194,11 +195,11 @@ def training_arguments(budget: BudgetSection, *, lr: float, seed: int, work: Pat
 
 
 def total_steps(rows: int, budget: BudgetSection) -> int:
-    """Optimiser steps that a run over so many rows takes."""
+    """Optimiser steps that a run over so many rows takes, rounded up as by Trainer."""
     if budget.steps is not None:
         return budget.steps
     batches = -(-rows // budget.batch_size)
-    return max(1, int(-(-batches // budget.gradient_accumulation_steps) * budget.epochs))
+    return max(1, math.ceil(-(-batches // budget.gradient_accumulation_steps) * budget.epochs))
 
 
 def _quiet(trainer: Any) -> None:
