@@ -114,6 +114,10 @@ def test_settings_by_task_and_by_method() -> None:
         ({"dtype": "float99"}, "no dtype of torch"),
         ({"attention": "eagre"}, "attention 'eagre' is none of eager, "),
         ({"scoring": {"generation": {"beams": 4}}}, "beams is no argument of transformers' generate"),
+        ({"scoring": {"generation": {"max_new_tokens": 9}}}, "generation.max_new_tokens: set scoring.max_new_tokens"),
+        ({"scoring": {"generation": {"pad_token_id": 0}}}, "generation.pad_token_id: the tokenizer's is taken"),
+        ({"scoring": {"generation": {"num_return_sequences": 2}}}, "generation.num_return_sequences: a prompt has one"),
+        ({"scoring": {"generation": {"return_dict_in_generate": True}}}, "generation.return_dict_in_generate: answers"),
         ({"suite": "arithmetic", "tasks": ["aqua"], "template": "cloze"}, "commonsense tasks and .*; aqua has none"),
         ({"suite": "glue", "tasks": ["rte", "stsb"], "template": "cloze"}, "GLUE's classes; stsb has none"),
         (

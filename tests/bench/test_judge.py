@@ -20,6 +20,7 @@ class Server(HTTPServer):
     codes: list[int]
     keys: list[str | None]
     reply: str | None
+    raw: list[bytes]  # to give first, as they are
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -33,6 +34,9 @@ class Handler(BaseHTTPRequestHandler):
         reply = {"choices": [{"message": {"content": self.server.reply}}]}
         data = json.dumps(reply if code == 200 else {"error": "wait"}).encode()
         self.send_response(code)
+        if self.server.raw:
+            data = self.server.raw.pop(0)
+            self.send_header("Content-Length", str(len(data) + (data == b"{")))  # broken off
         self.end_headers()
         self.wfile.write(data)
 
@@ -44,6 +48,7 @@ class Handler(BaseHTTPRequestHandler):
 def server() -> Iterator[Server]:
     made = Server(("127.0.0.1", 0), Handler)
     made.asked, made.codes, made.keys, made.reply = [], [], [], "A"
+    made.raw = []
     thread = threading.Thread(target=made.serve_forever, daemon=True)
     thread.start()
     yield made
@@ -79,6 +84,11 @@ def test_errors_of_an_endpoint(server: Server, monkeypatch: pytest.MonkeyPatch) 
         judge(server).prefers("i", "a", "b")
     server.codes = [500, 500]
     with pytest.raises(ConnectionError, match=r"2 attempts.*500"):
+        judge(server, retries=1).prefers("i", "a", "b")
+    server.raw = [b"{", b"<html>a proxy's page</html>", b"\xff"]
+    assert judge(server).prefers("i", "a", "b") == 1.0
+    server.raw = [b"<html>a proxy's page</html>"] * 2
+    with pytest.raises(ConnectionError, match=r"2 attempts: what it gave is no JSON"):
         judge(server, retries=1).prefers("i", "a", "b")
     server.asked.clear()
     server.reply = "Both are fine"
@@ -157,7 +167,11 @@ def test_a_reward_model_prefers_the_higher_reward(tmp_path: Path) -> None:
 def test_mistakes_in_the_settings() -> None:
     assert make_judge(None) is None
     check_judge(None)
-    for wrong in ({"url": "http://x"}, {"url": "http://x", "model": "m", "speed": 3}):
+    for wrong in (
+        {"url": "http://x"},
+        {"url": "http://x", "model": "m", "speed": 3},
+        {"reward_model": "no such folder", "max_len": 9},
+    ):
         for read in (make_judge, check_judge):
             with pytest.raises(ValueError, match=r"scoring\.judge is"):
                 read(wrong)

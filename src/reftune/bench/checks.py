@@ -33,6 +33,13 @@ _LEAST: dict[str, dict[str, float]] = {
     "sweep": {"steps": 1, "seed": 0},
     "scoring": {"batch_size": 1, "max_new_tokens": 1},
 }
+# arguments of `generate` that are not the grid's to give
+_FIXED = {
+    "max_new_tokens": "set scoring.max_new_tokens",
+    "pad_token_id": "the tokenizer's is taken",
+    "num_return_sequences": "a prompt has one answer",
+    "return_dict_in_generate": "answers are all that is read",
+}
 
 
 def check_values(grid: "Grid") -> None:
@@ -74,6 +81,8 @@ def _names(grid: "Grid") -> None:
     unknown = set(grid.scoring.generation) - set(vars(GenerationConfig()))
     if unknown:
         raise RecipeError(f"scoring.generation: {', '.join(sorted(unknown))} is no argument of transformers' generate.")
+    for name in _FIXED.keys() & grid.scoring.generation:
+        raise RecipeError(f"scoring.generation.{name}: {_FIXED[name]}.")
 
 
 def _per_task(grid: "Grid") -> None:

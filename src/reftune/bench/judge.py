@@ -8,6 +8,7 @@ change with the order, 0 for a loss. A reply without a verdict is asked for once
 tenth of the replies are such, there is no win rate but an error.
 """
 
+import http.client
 import json
 import os
 import re
@@ -52,7 +53,8 @@ class EndpointJudge:
         url: the base, up to and including `/v1`.
         model: the model's name there.
         key_env: environment variable that holds the key; None sends none.
-        retries: attempts after errors 429 and 5xx and broken connections, with pauses that double from `pause` seconds.
+        retries: attempts after errors 429 and 5xx, broken connections and replies that are no JSON, with pauses that
+            double from `pause` seconds.
 
     Raises:
         ValueError: the key is missing, the endpoint refuses a request, or its reply is not a chat completion's.
@@ -105,8 +107,10 @@ class EndpointJudge:
                 said = f"{error.code}: {error.read().decode(errors='replace')[:200]}"
                 if error.code != 429 and error.code < 500:
                     raise ValueError(f"The judge at {self.url} refused the request, {said}") from error
-            except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+            except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
                 said = str(error)
+            except ValueError as error:  # a proxy's page, for example
+                said = f"what it gave is no JSON, {error}"
             if attempt < self.retries:
                 time.sleep(self.pause * 2**attempt)
         raise ConnectionError(f"The judge at {self.url} did not answer in {self.retries + 1} attempts: {said}")
@@ -201,6 +205,9 @@ def check_judge(settings: Mapping[str, Any] | None) -> None:
     if settings is None or "reward_model" not in settings:
         make_judge(settings)
         return
+    unknown = set(settings) - {"reward_model", "max_length"}
+    if unknown:
+        raise ValueError(f"scoring.judge is {{reward_model:, max_length:}}, but has {', '.join(sorted(unknown))}.")
     from transformers import AutoConfig
 
     _one_output(str(settings["reward_model"]), AutoConfig.from_pretrained(settings["reward_model"]))
