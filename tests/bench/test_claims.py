@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from reftune.bench import claims
 from reftune.bench.claims import Claims
 
@@ -66,6 +68,23 @@ def test_another_machines_claim_counts_while_it_is_touched(tmp_path: Path) -> No
     (tmp_path / "run.json").write_text("{torn")
     with claims.take("run") as mine:
         assert mine
+
+
+@pytest.mark.parametrize("ahead", [-3600.0, 3600.0])
+def test_a_machines_own_clock_does_not_tell_a_claims_age(
+    ahead: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a folder that machines share, the times of files are the server's, and clocks differ."""
+    claims, now = Claims(tmp_path, stale=100), time.time
+    claim_of(tmp_path / "held.json", "elsewhere", age=5)
+    claim_of(tmp_path / "dropped.json", "elsewhere", age=101)
+    monkeypatch.setattr(time, "time", lambda: now() + ahead)
+    assert claims.live() == ["held"]
+    for name, free in (("held", False), ("dropped", True)):
+        with claims.take(name) as mine:
+            assert mine == free
+    claims.tidy()
+    assert [path.name for path in tmp_path.glob("*.json")] == ["held.json"]
 
 
 def test_a_claim_is_touched_while_its_run_lasts_and_given_back_only_by_its_owner(tmp_path: Path) -> None:

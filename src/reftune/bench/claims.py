@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import threading
-import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -52,28 +51,36 @@ class Claims:
 
     def live(self) -> list[str]:
         """The names of runs that somebody works on now."""
-        return sorted(p.stem for p in self.directory.glob("*.json") if not self._free(p))
+        now = self._now()
+        return sorted(p.stem for p in self.directory.glob("*.json") if not self._free(p, now))
 
     def tidy(self) -> None:
         """Remove the claims whose owners are gone, such as of one killed when its run was done."""
         with self._lock():
+            now = self._now()
             for path in self.directory.glob("*.json"):
-                if self._free(path):
+                if self._free(path, now):
                     path.unlink(missing_ok=True)
 
     def _try(self, path: Path) -> bool:
         with self._lock():
-            if path.exists() and not self._free(path):
+            if path.exists() and not self._free(path, self._now()):
                 return False
             work = path.with_suffix(f".{os.getpid()}.tmp")
             work.write_text(json.dumps(self.owner), encoding="utf-8")
             os.replace(work, path)
             return True
 
-    def _free(self, path: Path) -> bool:
+    def _now(self) -> float:
+        """The time by the clock that stamps the claims: a file server's may differ from this machine's by minutes."""
+        probe = self.directory / ".now"
+        probe.touch()
+        return probe.stat().st_mtime
+
+    def _free(self, path: Path, now: float) -> bool:
         """Whether a claim's owner is gone."""
         try:
-            age = time.time() - path.stat().st_mtime
+            age = now - path.stat().st_mtime
         except FileNotFoundError:
             return True
         owner = self._read(path)
