@@ -67,6 +67,14 @@ def test_text_tasks_select_on_training_rows_and_never_on_the_test() -> None:
     assert len({r["n"] for part in (hub.train, hub.select, hub.test) for r in part}) == 100
 
 
+def test_a_few_training_rows_leave_one_to_select_by() -> None:
+    """Without one, all rates of a sweep would be alike."""
+    for count, held in ((1, 0), (2, 1), (9, 1), (19, 1), (20, 2)):
+        rows = {"train": [{"question": str(i)} for i in range(count)], "test": [{"question": "t"}]}
+        parts = split(task("addsub"), rows, seed=0, train=None, select=None, test=None)
+        assert (len(parts.select), len(parts.train)) == (held, count - held)
+
+
 def test_a_task_without_the_rows_it_needs_says_so() -> None:
     some = [{"n": 1}]
     for name, rows, said in (

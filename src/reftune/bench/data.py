@@ -72,7 +72,8 @@ def load_rows(task: Task, folder: Path | str | None) -> Rows:
 
 
 def split(task: Task, rows: Rows, *, seed: int, train: int | None, select: int | None, test: int | None) -> Parts:
-    """Share a task's rows out; None takes all there are (for `select` of a text task: a tenth of the training rows).
+    """Share a task's rows out; None takes all there are (for `select` of a text task: a tenth of the training rows,
+    of two or more at least one).
 
     GLUE: validation halved by `seed`, 1,000 rows for selection if it has over 5,000, the rest is the test (the paper's
     protocol). Text tasks: selection rows are held out of train, the test is `test`, else `validation`. Raises
@@ -96,7 +97,7 @@ def split(task: Task, rows: Rows, *, seed: int, train: int | None, select: int |
         evaluated, rest = rest[: len(rest) // 20], rest[len(rest) // 20 :]
     if not evaluated:
         raise ValueError(f"{task.name} has no rows to be tested on: it needs a test or a validation split.")
-    held = len(rest) // 10 if select is None else min(select, len(rest) // 2)
+    held = min(max(1, len(rest) // 10) if select is None else select, len(rest) // 2)
     return Parts(_first(rest[held:], train), rest[:held], _first(_shuffled(evaluated), test))
 
 
