@@ -50,6 +50,17 @@ def test_a_cloze_goes_on_in_the_tokens_of_the_whole_text() -> None:
     assert Words(merged, "cloze").response(seam, "ab") == merged("ab")["input_ids"]
 
 
+def test_a_cloze_that_begins_with_its_blank_follows_a_special_token() -> None:
+    """As in lm-evaluation-harness: the first word of an answer is predicted from something."""
+    tokenizer = tiny_tokenizer(chat=False)
+    words = Words(tokenizer, "cloze")
+    (item,) = words.items("winogrande", [{"question": "_ is here", "choices": ["a", "b"], "answer": 0}])
+    assert (item.prompt, words.prompt(item)) == ("", [tokenizer.bos_token_id])
+    assert tokenizer.decode(words.response(item, item.response)) == " a is here"
+    tokenizer.bos_token = None
+    assert words.prompt(item) == [tokenizer.eos_token_id]
+
+
 def test_glue_as_a_cloze_is_scored_by_its_own_metric(monkeypatch: pytest.MonkeyPatch) -> None:
     words = Words(tiny_tokenizer(chat=False), "cloze")
     items = words.items("cola", [{"sentence1": "a", "sentence2": None, "label": label} for label in (0, 1, 1, 1)])

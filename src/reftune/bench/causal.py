@@ -97,7 +97,11 @@ class Words:
 
     def prompt(self, item: Item) -> list[int]:
         """The ids before the answer."""
-        return self._template.prompt_ids(item.instruction if self.chat else item.prompt)
+        ids = self._template.prompt_ids(item.instruction if self.chat else item.prompt)
+        if ids or not self.cloze:
+            return ids
+        starts = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)  # as lm-evaluation-harness, if it is empty
+        return [token for token in starts if token is not None][:1]
 
     def response(self, item: Item, text: str) -> list[int]:
         """The ids of an answer, with what ends it; in a cloze nothing does, as in lm-evaluation-harness."""
