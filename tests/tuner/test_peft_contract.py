@@ -97,6 +97,15 @@ def test_disabling_nests_and_unloading_restores():
     assert "generate" not in base.__dict__
 
 
+@pytest.mark.parametrize("whole", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [5, 7]}])
+def test_unloading_gives_back_the_modules_that_were_trained_whole(whole):
+    model = adapted(**whole)
+    assert not torch.equal(logits(model), tiny_llama()(IDS).logits)
+    base = model.unload()
+    assert [n for n, _ in base.named_modules()] == [n for n, _ in tiny_llama().named_modules()]
+    assert torch.equal(base(IDS).logits, tiny_llama()(IDS).logits)
+
+
 def test_status_names_and_counts():
     model = adapted()
     status = model.get_model_status()

@@ -308,7 +308,7 @@ class ReftModel(BaseTuner):
             detach(module)
             for child, wrapper in list(module.named_children()):
                 if isinstance(wrapper, AuxiliaryTrainingWrapper):
-                    setattr(module, child, wrapper.unload_and_optionally_merge_module(merge=False))
+                    setattr(module, child, wrapper.original_module)
         unbind(self.model)
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
