@@ -108,6 +108,25 @@ def test_every_row_as_alone_in_every_family(family: str) -> None:
         torch.testing.assert_close(together[row], single, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("active", ["a0", "a1", "a2"])
+@torch.no_grad()
+def test_every_row_has_the_modules_that_its_adapter_trained_whole(active: str) -> None:
+    whole = [{}, {"modules_to_save": ["lm_head"]}, {"modules_to_save": ["lm_head"], "trainable_token_indices": [5, 6]}]
+    configs = [ReftConfig(positions="l1+gen", init_weights=False, **settings) for settings in whole]
+    model = with_adapters(tiny_llama(dtype=torch.float64), configs)
+    for name, parameter in model.named_parameters():
+        if ".modules_to_save." in name or ".trainable_tokens_delta." in name:
+            parameter.add_(torch.randn_like(parameter))
+    names, ids = ["a0", "a2", "__base__", "a1"], torch.tensor([[4, 5, 6]] * 4)
+    settings = {"max_new_tokens": 4, "do_sample": False, "num_beams": 2, "pad_token_id": 0, "eos_token_id": None}
+    expected = [alone(model, name, lambda: model(ids[:1]).logits[0]) for name in names]
+    sequences = [alone(model, name, lambda: model.generate(input_ids=ids[:1], **settings)[0]) for name in names]
+    model.set_adapter(active)
+    torch.testing.assert_close(model(ids, adapter_names=names).logits, torch.stack(expected))
+    assert torch.equal(model.generate(input_ids=ids, adapter_names=names, **settings), torch.stack(sequences))
+    torch.testing.assert_close(model(ids[:1]).logits[0], alone(model, active, lambda: model(ids[:1]).logits[0]))
+
+
 @torch.no_grad()
 def test_a_weight_written_to_is_seen_by_the_next_batch() -> None:
     model = with_adapters(tiny_llama(dtype=torch.float64), [ReftConfig(r=2, init_weights=False) for _ in range(3)])

@@ -12,6 +12,7 @@ import functools
 from typing import Any
 
 import torch
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -57,6 +58,14 @@ def watch_training(module: nn.Module) -> None:
     """Check the passes of an encoder-decoder to train with, whose stacks open the session each for itself."""
     if "training" not in _handles(module):
         _handles(module)["training"] = module.register_forward_pre_hook(_check_training, with_kwargs=True)
+
+
+def watch_whole(model: nn.Module, session: Session) -> None:
+    """Let the modules that adapters train whole (`modules_to_save`) take each row of a mixed batch by its adapter."""
+    for module in model.modules():
+        if isinstance(module, AuxiliaryTrainingWrapper) and "rows" not in _handles(module):
+            module.__dict__[ATTRIBUTE] = session
+            _handles(module)["rows"] = module.register_forward_pre_hook(_name_rows, with_kwargs=True)
 
 
 def detach(module: nn.Module) -> None:
@@ -117,6 +126,15 @@ def _open_inner(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 def _close(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     module.__dict__[ATTRIBUTE].close(module, kwargs, output)
+
+
+def _name_rows(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    names = module.__dict__[ATTRIBUTE].state.adapter_names
+    if names is None:
+        return None
+    has, times = module._get_available_adapters(), max(1, len(args[0]) // len(names))  # beams repeat rows
+    own = [name if name in has else "__base__" for name in names for _ in range(times)]
+    return args, {**kwargs, "adapter_names": own}
 
 
 class _CarriesPass:

@@ -21,7 +21,7 @@ from .baking import Baked, bake
 from .building import build, taken_at
 from .config import ReftConfig
 from .generate import bind, unbind
-from .hooks import CHILD, attach, detach, watch_checkpointing, watch_model, watch_training
+from .hooks import CHILD, attach, detach, watch_checkpointing, watch_model, watch_training, watch_whole
 from .layer import ReftLayer, shared
 from .merging import merge as merge_adapters
 from .parts import expect_others, make_room, others_at_sites, train_only, use_subspaces
@@ -87,6 +87,7 @@ class ReftModel(BaseTuner):
         for path in self._sites.keys() - set(session.watched):
             self._watch(model, path)
             session.watched.append(path)
+        watch_whole(model, session)
         if adapter_name not in self.active_adapters:
             pack(session.interventions[adapter_name])
             config.slim()
