@@ -13,7 +13,7 @@ from torch import Tensor
 
 from conftest import tiny_llama
 from integration.tiny_training import Rows, losses, trainer
-from reftune import ReftConfig, get_reft_model
+from reftune import ReftConfig, compose, get_reft_model
 from reftune.interventions import orthonormality_error
 from reftune.tuner.apart import load_on_lora, save_lora, save_reft
 
@@ -266,6 +266,31 @@ def test_adapters_with_and_without_a_lora_part() -> None:
     model.delete_adapter("mixed")
     assert not any(isinstance(module, LoraLayer) for module in model.modules())
     assert torch.equal(logits(model), each["plain"])
+
+
+def test_an_active_lora_part_does_not_act_on_rows_or_in_compositions_of_others() -> None:
+    model = get_reft_model(tiny_llama(layers=3), reft_config(), "plain")
+    model.add_adapter("mixed", reft_config(lora=lora_config()))
+    randomise(model)
+    plain = logits(model)
+    with pytest.raises(ValueError, match=r"'mixed' has a LoRA part, .* make it the active adapter first"):
+        compose({"plain": 1.0, "mixed": 0.5}).apply(model)
+    compose({"plain": 1.0, "mixed": 0.0}).apply(model)
+    torch.testing.assert_close(logits(model), plain)
+    model.set_adapter("mixed")
+    mixed = logits(model)
+    with pytest.raises(ValueError, match=r"The active adapter 'mixed' has a LoRA part, .* on rows of other adapters"):
+        model(IDS, adapter_names=["plain", "__base__"])
+    with pytest.raises(ValueError, match="The active adapter 'mixed' has a LoRA part, which would act beside"):
+        compose({"plain": 1.0}).apply(model)
+    with compose({"mixed": 1.0}).on(model):
+        torch.testing.assert_close(logits(model), mixed)
+    with model.disable_lora(), torch.no_grad():
+        rows = model(IDS, adapter_names=["plain", "__base__"]).logits
+        with compose({"plain": 1.0}).on(model):
+            torch.testing.assert_close(logits(model), plain)
+    torch.testing.assert_close(rows[0], plain[0])
+    assert torch.equal(rows[1], logits(tiny_llama(layers=3))[1])
 
 
 def test_unload_gives_the_base_back() -> None:

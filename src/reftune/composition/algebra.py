@@ -22,6 +22,7 @@ from typing import Any
 
 from ..tuner import ReftModel
 from ..tuner.mix import How, Mix
+from ..tuner.with_lora import check_composed
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -122,17 +123,22 @@ class Composition:
     @contextmanager
     def on(self, model: Any) -> Iterator[None]:
         """These adapters, and no others, within the block, for this thread."""
-        with self._fits(model).session.mixing(self.mix):
+        with self._ready(model).session.mixing(self.mix):
             yield
 
     def apply(self, model: Any) -> None:
         """These adapters, and no others, from now on."""
-        self._fits(model).session.mix = self.mix
+        self._ready(model).session.mix = self.mix
 
     @staticmethod
     def remove(model: Any) -> None:
         """End what `apply` began: the adapters that `set_adapter` named are the active ones again."""
         tuner_of(model).session.mix = None
+
+    def _ready(self, model: Any) -> ReftModel:
+        tuner = self._fits(model)
+        check_composed(tuner.model, self.mix.active())
+        return tuner
 
     def _fits(self, model: Any) -> ReftModel:
         tuner, bound = tuner_of(model), self._bound()

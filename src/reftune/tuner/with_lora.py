@@ -219,7 +219,8 @@ def without_reft(model: nn.Module) -> Iterator[None]:
 
 
 def check_not_mixed(model: nn.Module, names: Iterable[str]) -> None:
-    """A LoRA part acts on whole batches: ValueError if rows choose among adapters that have one."""
+    """A LoRA part acts on whole batches: ValueError if rows choose among adapters that have one, or beside one that
+    is active."""
     record = lora_of(model)
     mixed = sorted(set(names) & set(record.tuner.peft_config)) if record is not None else []
     if mixed:
@@ -227,6 +228,33 @@ def check_not_mixed(model: nn.Module, names: Iterable[str]) -> None:
             f"Adapter {mixed[0]!r} has a LoRA part, which acts on whole batches: it cannot be chosen by row. Use "
             "set_adapter."
         )
+    for name in _acting(record):
+        raise ValueError(
+            f"The active adapter {name!r} has a LoRA part, which acts on whole batches, so on rows of other adapters "
+            "too: make one without a LoRA part the active adapter first, or use model.disable_lora()."
+        )
+
+
+def check_composed(model: nn.Module, names: Iterable[str]) -> None:
+    """A LoRA part acts if its adapter is active: ValueError if that differs from being among those composed."""
+    record = lora_of(model)
+    acting, names = set(_acting(record)), set(names)
+    for name in sorted(names & set(record.tuner.peft_config if record is not None else ()) - acting):
+        raise ValueError(
+            f"Adapter {name!r} has a LoRA part, which acts with the active adapters alone: make it the active adapter "
+            f"first, model.set_adapter({name!r})."
+        )
+    for name in sorted(acting - names):
+        raise ValueError(
+            f"The active adapter {name!r} has a LoRA part, which would act beside the composition: make one of its "
+            "adapters the active one first, model.set_adapter(...)."
+        )
+
+
+def _acting(record: Lora | None) -> list[str]:
+    """The adapters whose LoRA part acts: they are active, and LoRA is not switched off."""
+    layers = record.layers() if record is not None else []
+    return sorted({name for layer in layers if not layer.disable_adapters for name in layer.active_adapters})
 
 
 def check_keys(model: nn.Module, adapter_name: str, state: dict[str, Tensor]) -> None:
