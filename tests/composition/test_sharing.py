@@ -174,6 +174,17 @@ def test_an_unrelated_folder_of_the_same_name_is_left_alone(model, tmp_path):
         assert_close(logits(load_composition(tiny("llama"), tmp_path).eval()), logits(model))
 
 
+def test_what_an_adapter_trained_whole_is_in_use_again(tmp_path):
+    model = several(style={}, tone={"modules_to_save": ["lm_head"]})
+    with torch.no_grad():
+        model.get_base_model().lm_head.modules_to_save["tone"].weight.mul_(2)
+    model.set_adapter("tone")
+    mix = compose({"style": 1.0, "tone": 0.5})
+    save_composition(model, mix, tmp_path)
+    with mix.on(model):
+        assert_close(logits(load_composition(tiny("llama"), tmp_path).eval()), logits(model))
+
+
 # -- what is refused ------------------------------------------------------------------------------------------------
 
 

@@ -216,6 +216,9 @@ def load_composition(base: nn.Module, directory: str | os.PathLike[str]) -> Peft
         elif model is not None:
             model.unload()
         raise
+    whole = [n for n in loaded if model.peft_config[n].modules_to_save or getattr(model.peft_config[n], "lora", None)]
+    if whole:  # these act with the active adapters alone, and the first that was loaded is active
+        model.set_adapter(whole)
     saved.composition.apply(model)
     return model
 
