@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache, pipeline
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, StaticCache, pipeline
 
 from conftest import tiny_llama
 from reference import greedy, logits
@@ -14,10 +14,11 @@ from reftune.tuner.caches import cache_name, cache_of
 EXPRESSIONS = ["f2+l2", "l2", "l1+gen", "all", "prompt+gen/2", "gen:2"]
 
 
-def adapted(positions: str = "f2+l2", seed: int = 0, **settings):
+def adapted(positions: str = "f2+l2", seed: int = 0, base=None, **settings):
+    settings = {"layers": [1, 2], "init_weights": False, "task_type": "CAUSAL_LM", **settings}
     model = get_reft_model(
-        tiny_llama(dtype=torch.float64, seed=seed),
-        ReftConfig(positions=positions, layers=[1, 2], init_weights=False, task_type="CAUSAL_LM", **settings),
+        tiny_llama(dtype=torch.float64, seed=seed) if base is None else base,
+        ReftConfig(positions=positions, **settings),
     )
     torch.manual_seed(5)
     with torch.no_grad():
@@ -165,6 +166,26 @@ def test_a_cache_made_by_the_model_remembers_the_prompt():
         first = int(out.logits[0, -1].argmax())
         out = model(torch.tensor([[first]]), **{CACHE: cache_of(out)})
     assert [first, int(out.logits[0, -1].argmax())] == greedy(model, PROMPTS[0], 2)[0]
+
+
+@pytest.mark.skipif("gemma4_text" not in CONFIG_MAPPING, reason="this transformers has no Gemma 4")
+@pytest.mark.parametrize("positions", ["f1", "f2+l2", "prompt+gen", "all"])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_blocks_that_see_the_last_token_of_a_prompt_alone(positions, rows):
+    """Those of Gemma 4 that share the keys of others, where `generate` asks for the last token's logits."""
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING["gemma4_text"](
+        hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, global_head_dim=8, vocab_size=99, vocab_size_per_layer_input=99, hidden_size_per_layer_input=8,
+        num_kv_shared_layers=2, layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=6,
+        pad_token_id=0, bos_token_id=1, eos_token_id=98,
+    )  # fmt: skip
+    base = AutoModelForCausalLM.from_config(config).double()
+    model = adapted(positions, base=base, layers="all")
+    prompts = PROMPTS[:rows]
+    inputs = {key: value[:rows] for key, value in batch().items()}
+    out = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+    assert out[:, inputs["input_ids"].shape[1] :].tolist() == [greedy(model, prompt, 5)[0] for prompt in prompts]
 
 
 def test_inputs_embeds_equal_ids():

@@ -44,6 +44,7 @@ class Inputs:
     position_ids: Tensor | None = None  # (B, columns)
     past: int | Tensor = 0  # columns in the cache; a tensor () in a compiled step after the prompt
     device: torch.device | None = None
+    keep: int = 0  # the last columns that logits are asked for, 0 for all: some models' later blocks get these alone
 
     def all_prompt(self) -> bool:
         """Whether every token of this pass is prompt, whatever said so."""
@@ -143,7 +144,8 @@ class Batch:
         """The rows of `hidden` (B, L, d) that the group edits, on its device; None if there are none."""
         if self.nothing:
             return None
-        key = (adapter if self.adapter_names else None, positions, group, hidden.device, couples)
+        name = adapter if self.adapter_names else None
+        key = (name, positions, group, hidden.device, couples, self._kept(hidden))
         found: Rows | None = self._found.get(key, _UNKNOWN)
         if found is _UNKNOWN:
             found = self._found[key] = self._rows(adapter, positions, group, hidden, couples)
@@ -161,7 +163,7 @@ class Batch:
     def together(self, turn: tuple[tuple[str, str, str], ...], hidden: Tensor) -> tuple[Tensor, bool] | None:
         """The rows of hidden that the members (adapter, positions, group) of a turn edit, one member's after another's,
         and whether autocast is on; None unless each edits equally many. Found once for all layers."""
-        key = (turn, hidden.device)
+        key = (turn, hidden.device, self._kept(hidden))
         found: tuple[Tensor, bool] | None = self._found.get(key, _UNKNOWN)
         if found is _UNKNOWN:
             parts = [self.rows(*member, hidden) for member in turn]
@@ -175,7 +177,7 @@ class Batch:
 
     def slots(self, adapters: tuple[str, ...], positions: str, group: str, hidden: Tensor) -> Slots | None:
         """The rows of `hidden` (B, L, d) that each of the adapters edits in its own rows of a mixed batch."""
-        key = (adapters, positions, group, hidden.device)
+        key = (adapters, positions, group, hidden.device, self._kept(hidden))
         if key not in self._found:
             self._found[key] = self._slots(adapters, positions, group, hidden)
         found: Slots | None = self._found[key]
@@ -192,7 +194,7 @@ class Batch:
         terms = parse(group)
         if self.prompt is not None and self.prompt.read and all(term.in_prompt for term in terms):
             return None
-        key = (positions, group)
+        key = (positions, group, self._kept(hidden))
         if key not in self._found:
             places, expression = self._layout(hidden), parse(positions)
             if self.inputs.labels is not None or self.inputs.prompt_mask is not None:
@@ -252,13 +254,23 @@ class Batch:
     def _whole_prompts(self, places: Layout) -> None:
         here = torch.zeros_like(places.length).masked_fill(places.index >= 0, 1).sum(1)
         expected = torch.where(places.index >= 0, places.length, 0).amax(1)
-        if self.inputs.past and bool(((here > 0) & (here < expected)).any()):
+        if (self.inputs.past or self.inputs.keep) and bool(((here > 0) & (here < expected)).any()):
             raise NoPromptError(
                 "This intervention needs all edited tokens of a prompt in one forward pass, but the prompt arrives in "
                 "pieces (chunked prefill, or a cache that holds part of it). Read the prompt in one pass."
             )
 
+    def _kept(self, hidden: Tensor) -> int:
+        """How many columns hidden (B, L, d) has where these are the pass's last alone, as in those of Gemma 4's blocks
+        that share the keys of others; else 0."""
+        keep, shape = self.inputs.keep, self.inputs.shape
+        return keep if keep and shape is not None and shape[1] > keep == hidden.shape[1] else 0
+
     def _layout(self, hidden: Tensor) -> Layout:
+        kept = self._kept(hidden)
+        if kept:
+            self.places = self.places or self.inputs.layout(self.prompt)
+            return self.places.last(kept)
         if self.places is None or self.places.shape != hidden.shape[:-1]:
             if hidden.dim() != 3:
                 raise ValueError(

@@ -221,6 +221,7 @@ class Session:
                 "It must hold a 1 for every prompt token and a 0 for every other one, (batch, tokens)."
             )
         two_d = isinstance(position_ids, Tensor) and position_ids.dim() == 2 and shape is not None
+        keep = get("logits_to_keep")
         inputs = Inputs(
             shape=shape,
             mask=mask if isinstance(mask, Tensor) and mask.dim() == 2 else None,
@@ -229,6 +230,7 @@ class Session:
             position_ids=position_ids if two_d and position_ids.shape[1] == shape[1] else None,  # type: ignore[index]
             past=past,
             device=tokens.device if isinstance(tokens, Tensor) else None,
+            keep=keep if isinstance(keep, int) else 0,
         )
         if inputs.labels is not None or inputs.prompt_mask is not None:
             prompt = None
