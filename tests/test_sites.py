@@ -15,6 +15,8 @@ from transformers import (
     CLIPVisionConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    HubertConfig,
+    HubertModel,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
@@ -29,6 +31,8 @@ from transformers import (
     T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
+    ViTMAEConfig,
+    ViTMAEForPreTraining,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -223,6 +227,20 @@ def test_blocks_are_found_under_a_swapped_class() -> None:
     for block in model.transformer.h:
         block.__class__ = type("Swapped", (type(block),), {})
     assert find_blocks(model) == [f"transformer.h.{i}" for i in range(3)]
+
+
+def test_the_layers_are_as_many_as_the_config_says() -> None:
+    """HuBERT has more convolutions than layers, once distilled; a masked autoencoder's decoder has fewer."""
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    speech = {"conv_dim": (8,) * 3, "conv_kernel": (3,) * 3, "conv_stride": (2,) * 3, "num_feat_extract_layers": 3}
+    speech |= {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+    hubert = HubertModel(HubertConfig(**shape, **speech, num_hidden_layers=2))
+    assert find_blocks(hubert) == ["encoder.layers.0", "encoder.layers.1"]
+    decoder = {f"decoder_{key}": value for key, value in shape.items()} | {"decoder_num_hidden_layers": 1}
+    images = {"image_size": 8, "patch_size": 4}
+    autoencoder = ViTMAEForPreTraining(ViTMAEConfig(**shape, **decoder, **images, num_hidden_layers=3))
+    assert len(find_blocks(autoencoder)) == 3
+    assert all(path.startswith("vit.") for path in find_blocks(autoencoder))
 
 
 def test_a_list_inside_a_block_is_no_list_of_blocks() -> None:

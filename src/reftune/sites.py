@@ -98,20 +98,24 @@ def find_blocks(model: nn.Module) -> list[str]:
     """The paths of the model's blocks, in order."""
     names = {id(module): name for name, module in model.named_modules()}
     config = getattr(model, "config", None)
-    lists = [m for scope in (_stack(model), model) for m in _block_lists(model, scope)]
-    if not lists:
+    near, every = _block_lists(model, _stack(model)), _block_lists(model, model)
+    if not near and not every:
         raise ValueError(
             f"No list of blocks was found in {type(model).__name__}: looked for a ModuleList of layers that can be "
             "gradient-checkpointed, or that _no_split_modules or _can_record_outputs names. Name the module to edit "
             f"yourself, component='<path>.output', for example one of: {', '.join(_examples(model))}."
         )
-    blocks = max(lists[: len(_block_lists(model, _stack(model))) or None], key=len)
+    blocks = max(near or every, key=len)
     depth = getattr(_text_config(config), "num_hidden_layers", None)
-    if isinstance(depth, int) and len(blocks) < depth and not getattr(config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"{type(model).__name__} runs {depth} layers with {len(blocks)} physical one(s): an edit at one of them "
-            "would be made at all. Layers that share weights are not supported."
-        )
+    if isinstance(depth, int) and not getattr(config, "is_encoder_decoder", False):
+        # a speech model may have more convolutions than layers, an autoencoder's decoder fewer than its encoder
+        lists = near if len(blocks) > depth else [*near, *every]
+        blocks = next((blocks for blocks in lists if len(blocks) == depth), blocks)
+        if len(blocks) < depth:
+            raise ValueError(
+                f"{type(model).__name__} runs {depth} layers with {len(blocks)} physical one(s): an edit at one of "
+                "them would be made at all. Layers that share weights are not supported."
+            )
     return [names[id(block)] for block in blocks]
 
 
