@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from several import PROMPT, assert_close, logits, several, shake
 
@@ -182,7 +183,19 @@ def test_what_an_adapter_trained_whole_is_in_use_again(tmp_path):
     mix = compose({"style": 1.0, "tone": 0.5})
     save_composition(model, mix, tmp_path)
     with mix.on(model):
-        assert_close(logits(load_composition(tiny("llama"), tmp_path).eval()), logits(model))
+        loaded = load_composition(tiny("llama"), tmp_path).eval()
+        assert_close(logits(loaded), logits(model))
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())  # nobody asked to train
+
+
+def test_a_composition_that_cannot_act_beside_the_models_own_adapter_leaves_it_alone(tmp_path):
+    save_composition(several(style={}), compose({"style": 1.0}), tmp_path)
+    own = several(mine={"lora": LoraConfig(target_modules=["q_proj"])})
+    before = logits(own)
+    with pytest.raises(ValueError, match="The active adapter 'mine' has a LoRA part, which would act beside"):
+        load_composition(own, tmp_path)
+    assert list(own.peft_config) == own.active_adapters == ["mine"]
+    assert torch.equal(logits(own), before)
 
 
 # -- what is refused ------------------------------------------------------------------------------------------------

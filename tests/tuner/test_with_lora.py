@@ -289,6 +289,10 @@ def test_an_active_lora_part_does_not_act_on_rows_or_in_compositions_of_others()
         rows = model(IDS, adapter_names=["plain", "__base__"]).logits
         with compose({"plain": 1.0}).on(model):
             torch.testing.assert_close(logits(model), plain)
+        reft = logits(model)
+        model.set_adapter("plain")
+        with compose({"mixed": 1.0}).on(model):  # its edits alone, as asked for
+            torch.testing.assert_close(logits(model), reft)
     torch.testing.assert_close(rows[0], plain[0])
     assert torch.equal(rows[1], logits(tiny_llama(layers=3))[1])
 

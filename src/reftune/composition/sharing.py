@@ -200,6 +200,8 @@ def load_composition(base: nn.Module, directory: str | os.PathLike[str]) -> Peft
                 f"This model has an adapter {taken[0]!r} already: delete it before loading the composition."
             )
     model: Any = base if isinstance(base, PeftModel) else None
+    active = list(base.active_adapters) if isinstance(base, PeftModel) else []
+    frozen = not any(parameter.requires_grad for parameter in base.parameters())
     loaded: list[str] = []
     try:
         for name, folder in saved.folders.items():
@@ -209,17 +211,20 @@ def load_composition(base: nn.Module, directory: str | os.PathLike[str]) -> Peft
             else:
                 model.load_adapter(path, adapter_name=name)
             loaded.append(name)
+        configs = {name: model.peft_config[name] for name in loaded}
+        whole = [name for name, c in configs.items() if c.modules_to_save or getattr(c, "lora", None)]
+        if whole:  # these act with the active adapters alone, and the first that was loaded is active
+            model.set_adapter(whole, inference_mode=True)
+        saved.composition.apply(model)
     except Exception:
         if isinstance(base, PeftModel):
+            if list(base.active_adapters) != active:
+                base.set_adapter(active, inference_mode=frozen)
             for name in loaded:
                 base.delete_adapter(name)
         elif model is not None:
             model.unload()
         raise
-    whole = [n for n in loaded if model.peft_config[n].modules_to_save or getattr(model.peft_config[n], "lora", None)]
-    if whole:  # these act with the active adapters alone, and the first that was loaded is active
-        model.set_adapter(whole)
-    saved.composition.apply(model)
     return model
 
 

@@ -236,10 +236,13 @@ def check_not_mixed(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def check_composed(model: nn.Module, names: Iterable[str]) -> None:
-    """A LoRA part acts if its adapter is active: ValueError if that differs from being among those composed."""
+    """A LoRA part acts if its adapter is active: ValueError if that differs from being among those composed (with LoRA
+    switched off, none acts)."""
     record = lora_of(model)
     acting, names = set(_acting(record)), set(names)
-    for name in sorted(names & set(record.tuner.peft_config if record is not None else ()) - acting):
+    if record is None or all(layer.disable_adapters for layer in record.layers()):
+        return
+    for name in sorted(names & set(record.tuner.peft_config) - acting):
         raise ValueError(
             f"Adapter {name!r} has a LoRA part, which acts with the active adapters alone: make it the active adapter "
             f"first, model.set_adapter({name!r})."
