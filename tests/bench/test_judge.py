@@ -146,22 +146,35 @@ def test_a_few_replies_without_a_verdict_are_ties_and_many_an_error() -> None:
         win_rate(Silent(), ["never"] * 10, ["never"] * 10, ["-"] * 10)
 
 
-def test_a_reward_model_prefers_the_higher_reward(tmp_path: Path) -> None:
+def reward_model(folder: Path, **settings: Any) -> RewardJudge:
     import torch
     from transformers import AutoModelForSequenceClassification
 
     torch.manual_seed(0)
-    source = tiny_encoder(tmp_path / "encoder")
+    source = tiny_encoder(folder / "encoder")
     model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=1)
     model.classifier.weight.data.mul_(100)
     model.save_pretrained(source)
-    made = make_judge({"reward_model": str(source)})
+    made = make_judge({"reward_model": str(source), **settings})
     assert isinstance(made, RewardJudge)
+    return made
+
+
+def test_a_reward_model_prefers_the_higher_reward(tmp_path: Path) -> None:
+    made = reward_model(tmp_path)
     a, b = made.reward("do it", "yes"), made.reward("do it", "no no no")
     assert a != b
     assert made.prefers("do it", "yes", "no no no") == float(a > b)
     assert made.prefers("do it", "yes", "yes") == 0.5
     assert win_rate(made, ["do it"], ["yes"], ["no no no"]) == {"win_rate": float(a > b)}
+
+
+@pytest.mark.parametrize("template", [None, "{% for m in messages %}{{ m['content'] }} {% endfor %}"])
+def test_a_long_instruction_does_not_push_the_answer_out_of_a_reward(tmp_path: Path, template: str | None) -> None:
+    made = reward_model(tmp_path, max_length=16)
+    made.tokenizer.chat_template = template
+    long = "do it " * 40
+    assert made.reward(long, "yes") != made.reward(long, "no no no")
 
 
 def test_mistakes_in_the_settings() -> None:

@@ -119,7 +119,8 @@ class EndpointJudge:
 class RewardJudge:
     """A local reward or preference model: sequence classification with one output, higher is better.
 
-    A chat template of its tokenizer is used; without one the instruction and the answer are a pair of texts.
+    A chat template of its tokenizer is used; without one the instruction and the answer are a pair of texts. What is
+    longer than `max_length` loses the beginning of the instruction, in a pair the end of the longer text.
     """
 
     def __init__(self, model: str, *, max_length: int = 1024) -> None:
@@ -141,6 +142,7 @@ class RewardJudge:
         how: dict[str, Any] = {"return_tensors": "pt", "truncation": True, "max_length": self.max_length}
         if getattr(self.tokenizer, "chat_template", None):  # which writes the special tokens itself
             text = self.tokenizer.apply_chat_template(turns, tokenize=False)
+            self.tokenizer.truncation_side = "left"  # of what is too long the answer, which is judged, stays
             inputs = self.tokenizer(text, add_special_tokens=False, **how)
         else:
             inputs = self.tokenizer(instruction, answer, **how)
