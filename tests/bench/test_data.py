@@ -188,7 +188,7 @@ def test_fields_that_a_task_does_not_read_may_lack(tmp_path: Path) -> None:
         ("train.jsonl", b'{"sentence1": "a"', "line 1 is not JSON: Expecting"),
         ("train.jsonl", b'\n{"sentence1": "\xe9"}', "line 2 is not UTF-8 text: save it as UTF-8"),
         ("train.jsonl.gz", b"nogz", "cannot be unpacked: Not a gzipped file"),
-        ("train.jsonl.gz", gzip.compress(b"{}" * 99)[:-9], "cannot be unpacked"),
+        ("train.jsonl.gz", gzip.compress(b"{}" * 99, mtime=0)[:-9], "cannot be unpacked"),
     ],
 )
 def test_a_damaged_file_is_named(tmp_path: Path, file: str, content: bytes, said: str) -> None:
