@@ -50,6 +50,17 @@ def test_a_cloze_goes_on_in_the_tokens_of_the_whole_text() -> None:
     assert Words(merged, "cloze").response(seam, "ab") == merged("ab")["input_ids"]
 
 
+def test_hellaswags_marks_are_read_in_the_papers_wording_alone() -> None:
+    asked = "Health: [header] How to sleep [title] Cool the room. [step] Most people sleep better."
+    row = {"question": asked, "choices": ["[substeps] Open it.", " Go [name] on."], "answer": 0}
+    tokenizer = tiny_tokenizer(chat=False)
+    (paper,), (cloze,) = (Words(tokenizer, kind).items("hellaswag", [row]) for kind in ("paper", "cloze"))
+    assert asked in paper.prompt
+    assert "Ending1: [substeps] Open it. Ending2:" in paper.prompt
+    assert cloze.prompt == "Health: How to sleep. Cool the room. Most people sleep better."
+    assert cloze.choices == (" Open it.", " Go on.")
+
+
 def test_a_cloze_that_begins_with_its_blank_follows_a_special_token() -> None:
     """As in lm-evaluation-harness: the first word of an answer is predicted from something."""
     tokenizer = tiny_tokenizer(chat=False)
@@ -65,7 +76,7 @@ def test_glue_as_a_cloze_is_scored_by_its_own_metric(monkeypatch: pytest.MonkeyP
     words = Words(tiny_tokenizer(chat=False), "cloze")
     items = words.items("cola", [{"sentence1": "a", "sentence2": None, "label": label} for label in (0, 1, 1, 1)])
     monkeypatch.setattr(scoring, "choice_scores", lambda *_: [[-1.0, -2.0], [-2.0, -1.0], [-2.0, -1.0], [-1.0, -2.0]])
-    setup: Any = SimpleNamespace(scoring=ScoringSection())
+    setup: Any = SimpleNamespace(scoring=ScoringSection(), room=None, lengths={})
     found = evaluate(None, words, "cola", items, None, setup)
     assert found["accuracy"] == 0.75
     assert found["matthews"] == pytest.approx((1 * 2 - 0 * 1) / (2 * 3 * 1 * 2) ** 0.5)
@@ -77,7 +88,7 @@ def test_a_short_wrong_answer_wins_in_all_and_not_by_the_letter(monkeypatch: pyt
     words = Words(tiny_tokenizer(chat=False), "cloze")
     monkeypatch.setattr(scoring, "choice_scores", lambda *_: [[-5.0, -6.0]])
     monkeypatch.setattr(scoring, "generate", lambda *_, **__: pytest.fail("nothing is generated"))
-    setup: Any = SimpleNamespace(scoring=ScoringSection())
+    setup: Any = SimpleNamespace(scoring=ScoringSection(), room=None, lengths={})
     items = words.items("arc_easy", [ROW])
     found = evaluate(None, words, "arc_easy", items, None, setup)
     assert (found["accuracy_ll"], found["accuracy_norm"]) == (0.0, 1.0)

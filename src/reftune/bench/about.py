@@ -29,13 +29,15 @@ def about(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _lengths(finals: Sequence[dict[str, Any]]) -> str:
-    """How many training rows `train.max_length` left out or cut; "" if none."""
+    """How many training rows `train.max_length` left out or cut, and prompts cut that are scored; "" if none."""
     counts = {name: seen for row in finals if row["steps"] for name, seen in row["rows"].items()}
+    short = ", ".join(f"{n} {c['prompts_cut']}" for n, c in counts.items() if c.get("prompts_cut"))
     out = ", ".join(f"{n} {c['left_out']}" for n, c in counts.items() if c.get("left_out"))
     cut = ", ".join(f"{n} {c['cut']}" for n, c in counts.items() if c.get("cut"))
     said = [f"left out for a prompt that is too long: {out}"] if out else []
     said += [f"answers cut: {cut}"] if cut else []
-    return f" Of the training rows, {'; '.join(said)}." if said else ""
+    rows = f" Of the training rows, {'; '.join(said)}." if said else ""
+    return rows + (f" Prompts too long for the model, scored without their beginning: {short}." if short else "")
 
 
 def _precision(finals: Sequence[dict[str, Any]]) -> str:

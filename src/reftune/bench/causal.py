@@ -13,6 +13,7 @@ from . import scoring
 from .judge import make_judge, win_rate
 from .methods import Counts
 from .metrics import glue_scores, right
+from .room import positions, shortened
 from .runs import Setup, train_method
 from .tasks import Item, PairTask, TextTask, task
 from .tasks.base import LOSS
@@ -31,6 +32,7 @@ def run(setup: Setup) -> Result:
         model.to(torch.accelerator.current_accelerator())
     model.config.use_cache = False
     loaded = time.perf_counter()
+    setup.fit_in(positions(model))
     words = Words(tokenizer, job.settings["template"])
     rows = _training_rows(setup, words)
     collator = ReftDataCollator(tokenizer)
@@ -66,10 +68,12 @@ def _training_rows(setup: Setup, words: "Words") -> list[dict[str, list[int]]]:
     for name in setup.job.train_tasks:
         each = [words.training_row(item, longest) for item in words.items(name, setup.parts[name].train)]
         kept = [row for row, _ in each if row is not None]
-        setup.lengths[name] = {"left_out": len(each) - len(kept), "cut": sum(cut for _, cut in each)}
+        setup.lengths.setdefault(name, {}).update(left_out=len(each) - len(kept), cut=sum(cut for _, cut in each))
         rows += kept
     if not rows and setup.job.method.method != "base":
-        raise ValueError(f"No training row is left: every prompt has {longest} tokens or more. Raise train.max_length.")
+        more = "Raise train.max_length." if longest != setup.room else "Take a model that reads more."
+        full = ", and the model has positions for no more" if longest == setup.room else ""
+        raise ValueError(f"No training row is left: every prompt has {longest} tokens or more{full}. {more}")
     return rows
 
 
@@ -130,10 +134,10 @@ def evaluate(
     scores: dict[str, float] = {}
     prompts = [words.prompt(item) for item in examples]
     if isinstance(found, PairTask):
-        each, loss = _choose(model, words, prompts, examples, how.batch_size)
+        each, loss = _choose(model, words, name, prompts, examples, setup)
         return {**glue_scores(name, _likeliest(each), [item.index for item in examples]), "loss": loss}
     if found.kind == "choice" and how.loglikelihood:
-        each, scores["loss"] = _choose(model, words, prompts, examples, how.batch_size)
+        each, scores["loss"] = _choose(model, words, name, prompts, examples, setup)
         scores["accuracy_ll"] = _share_right(each, examples)
         if words.cloze:  # by the letter, as lm-evaluation-harness's acc_norm: the sum over tokens favours short answers
             lengths = [[len(text.strip()) for text in item.choices] for item in examples]
@@ -150,7 +154,7 @@ def evaluate(
         answers = scoring.generate(
             model,
             words.tokenizer,
-            prompts,
+            _shortened(setup, name, prompts, how.max_new_tokens),
             max_new_tokens=how.max_new_tokens,
             batch_size=how.batch_size,
             **how.generation,
@@ -164,12 +168,19 @@ def evaluate(
     return scores
 
 
+def _shortened(setup: Setup, name: str, prompts: list[list[int]], answer: int) -> list[list[int]]:
+    prompts, setup.lengths.setdefault(name, {})["prompts_cut"] = shortened(prompts, setup.room, answer)
+    return prompts
+
+
 def _choose(
-    model: Any, words: Words, prompts: list[list[int]], examples: list[Item], batch_size: int
+    model: Any, words: Words, name: str, prompts: list[list[int]], examples: list[Item], setup: Setup
 ) -> tuple[list[list[float]], float]:
     """The log-likelihoods of every example's choices, and the loss of a token of the right ones."""
     choices = [[words.response(item, text) for text in item.choices] for item in examples]
-    each = scoring.choice_scores(model, prompts, choices, scoring.pad_of(words.tokenizer), batch_size)
+    prompts = _shortened(setup, name, prompts, max(len(ids) for row in choices for ids in row))
+    pad, size = scoring.pad_of(words.tokenizer), setup.scoring.batch_size
+    each = scoring.choice_scores(model, prompts, choices, pad, size)
     golds = [(row[i.index], len(ids[i.index])) for row, i, ids in zip(each, examples, choices, strict=True)]
     return each, -sum(total for total, _ in golds) / sum(count for _, count in golds)
 

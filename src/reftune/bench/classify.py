@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from .methods import Counts
 from .metrics import glue_scores
 from .models import head_modules, load_classifier
+from .room import positions
 from .runs import Setup, train_method
 from .tasks import PairTask, task
 from .trained import numbers, put_back, write
@@ -30,6 +31,7 @@ def run(setup: Setup) -> Result:
     dtype, attention = job.settings["dtype"], job.settings["attention"]
     model, tokenizer = load_classifier(job.model, found.labels, job.seed, dtype, attention)
     loaded = time.perf_counter()
+    setup.fit_in(positions(model))
     head = head_modules(model)
     rows = encode(setup.parts[name].train, found, tokenizer, setup.train.max_length)
     collator = Collator(tokenizer)

@@ -42,8 +42,15 @@ class Setup:
     keep: bool = False  # in `work`, what is trained
     data: Path | None = None
     kept: Store | None = None
-    lengths: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)  # task: rows left out, answers cut
+    lengths: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)  # task: rows left out, answers cut ...
     revision: str | None = None  # of the base's weights, where the hub tells
+    room: int | None = None  # the tokens that the model can read
+
+    def fit_in(self, room: int | None) -> None:
+        """Train on no more tokens than the model can read, and score no more."""
+        self.room = room
+        if room is not None:
+            self.train.max_length = min(self.train.max_length, room)
 
 
 def run_job(

@@ -7,6 +7,7 @@ A small model cannot name a label: as a cloze (`template: cloze`) it reads the q
 compared are the answers' own words, in lm-evaluation-harness's wording.
 """
 
+import re
 from typing import Any
 
 from ..metrics import TRIGGER
@@ -56,6 +57,15 @@ def _boolq_cloze(row: Row) -> Item:
     """The passage is read, as in lm-evaluation-harness; its answer is yes or no."""
     question = str(row["question"]).removesuffix("?")
     return _go_on(f"{row.get('context') or ''}\nQuestion: {question}?\nAnswer:", row, ["yes", "no"])
+
+
+def _hellaswag_cloze(row: Row) -> Item:
+    """WikiHow's marks ([header], [title], [step]) are read in the paper's wording, and not in the harness's."""
+    return _go_on(_unmarked(row["question"]), row, [_unmarked(text) for text in row["choices"]])
+
+
+def _unmarked(text: str) -> str:
+    return re.sub(r"\[.*?\]", "", str(text).strip().replace(" [title]", ". ")).replace("  ", " ").strip()
 
 
 def _winogrande_cloze(row: Row) -> Item:
@@ -145,7 +155,7 @@ _CLOZE = {
     "boolq": _boolq_cloze,
     "piqa": _cloze(_ASKED),
     "siqa": _cloze("Q: {context}{question}\nA:"),
-    "hellaswag": _cloze("{context}{question}"),
+    "hellaswag": _hellaswag_cloze,
     "winogrande": _winogrande_cloze,
     "arc_easy": _cloze(_ASKED),
     "arc_challenge": _cloze(_ASKED),
