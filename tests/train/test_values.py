@@ -62,7 +62,7 @@ def test_a_run_that_fails_leaves_an_earlier_adapter_and_its_recipe(keys: dict[st
     train(load_recipe(None, keys | {"system": "Be brief."}), say=lambda _: None)
     before = load_file(out / "adapter_model.safetensors")
     with pytest.raises(ValueError, match=r"diverged.*Lower train\.lr"):
-        train(load_recipe(None, keys | {"lr": 1e38, "r": 2}), say=lambda _: None)
+        train(load_recipe(None, keys | {"lr": 1e38, "r": 2, "overwrite": True}), say=lambda _: None)
     assert load_recipe(out / "recipe.yaml") == load_recipe(None, keys | {"system": "Be brief."})
     after = load_file(out / "adapter_model.safetensors")
     assert all((tensor == after[name]).all() for name, tensor in before.items())

@@ -48,6 +48,7 @@ def demo(output_dir: str = "runs/emoji", *, model: str | None = None, seed: int 
     from reftune.data import PromptTemplate
     from reftune.models import load_model
     from reftune.train import load_recipe, train
+    from reftune.train.resuming import start_of
     from reftune.train.run import last_line, printer
 
     start = time.perf_counter()
@@ -57,6 +58,8 @@ def demo(output_dir: str = "runs/emoji", *, model: str | None = None, seed: int 
     overrides |= {"train.seed": seed} if seed is not None else {}
     with resources.as_file(resources.files("reftune.data") / "emoji.yaml") as path:
         recipe = load_recipe(path, overrides)
+    recipe.train.overwrite = _made_before(output_dir, recipe.data.train)
+    start_of(recipe, say)  # it refuses to replace any other adapter, before the slow steps
 
     say(f"Loading {recipe.model.name} (unpacking its file takes half a minute, once) ...")
     base, tokenizer = load_model(recipe.model.name, dtype=recipe.model.dtype)
@@ -79,6 +82,16 @@ def demo(output_dir: str = "runs/emoji", *, model: str | None = None, seed: int 
     say(last_line(result))
     answers = [(prompt, old.text, new.text) for prompt, old, new in zip(UNSEEN, before, after, strict=True)]
     return DemoResult(answers, counts[0], counts[1], result.output_dir, seconds)
+
+
+def _made_before(output_dir: str, examples: str | None) -> bool:
+    """Whether what lies there was trained on the demo's own examples, so that nothing of anybody's is replaced."""
+    from reftune.train import RecipeError, load_recipe
+
+    try:
+        return load_recipe(Path(output_dir) / "recipe.yaml").data.train == examples
+    except RecipeError:
+        return False
 
 
 def is_emoji_answer(text: str) -> bool:

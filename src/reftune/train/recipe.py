@@ -91,7 +91,7 @@ class TrainSection:
     reuse: Literal["auto", "off", "memory", "disk"] = _key("auto", "Keep what the frozen base computes; docs/reuse.md.")
     reuse_budget: int | None = _key(None, "Bytes to keep at most; null: half of what is free, on a GPU a quarter.")
     reuse_dir: str | None = _key(None, "With reuse: disk, where; null: reuse in output_dir. May be shared by runs.")
-    overwrite: bool = _key(False, "Train anew where output_dir holds checkpoints of another run.")
+    overwrite: bool = _key(False, "Train anew where output_dir holds an adapter or checkpoints; these go.")
 
 
 @dataclass

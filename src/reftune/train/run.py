@@ -3,7 +3,8 @@
     result = train(load_recipe("recipes/emoji.yaml"))
 
 Writes into `output_dir`: the adapter with `recipe.yaml` (the recipe as it was resolved), and checkpoints with theirs if
-asked for. A run that does not get so far leaves what an earlier one wrote as it is.
+asked for. What an earlier run left there is replaced with `overwrite` alone: its checkpoints when training begins, its
+adapter when there is a new one; a run that does not get so far leaves it as it is.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ from reftune.train.precision import slow_bf16
 from reftune.train.progress import ProgressCallback, first_step_table
 from reftune.train.recipe import Recipe
 from reftune.train.recipe_file import RecipeError, save_recipe
-from reftune.train.resuming import RecipeBeside, last_whole_checkpoint, steps_done
+from reftune.train.resuming import RecipeBeside, check_rows, kept, remove_checkpoints, start_of, steps_done
 from reftune.train.starting import StartByRows, check_start
 from reftune.train.values import check_recipe
 
@@ -51,7 +52,8 @@ def train(
         say: takes what a user should see (text and rich's renderables); None prints it with rich.
 
     Raises:
-        RecipeError: the recipe asks for what cannot be, such as no data, or `resume` against `overwrite`.
+        RecipeError: the recipe asks for what cannot be, such as no data, or `resume` of a run with another recipe;
+            `output_dir` holds an earlier run's adapter or checkpoints, and neither `resume` nor `overwrite` is set.
     """
     from transformers import set_seed
 
@@ -61,7 +63,7 @@ def train(
     say = say or printer()
     check_recipe(recipe)
     output_dir = Path(recipe.train.output_dir)
-    checkpoint = _checkpoint(recipe, output_dir, say)
+    checkpoint = start_of(recipe, say)
     if recipe.data.train is None:
         raise RecipeError("The recipe names no data: set data.train to a JSONL, CSV or Parquet file, or a hub id.")
     if recipe.train.head_lr is not None and not recipe.reft.modules_to_save:
@@ -72,6 +74,8 @@ def train(
     base, tokenizer = loaded or load_model(recipe.model.name, dtype=recipe.model.dtype)
     template = PromptTemplate(tokenizer, recipe.data.template, recipe.data.system)
     rows = _rows(recipe, template, recipe.data.train, recipe.data.split)
+    if checkpoint:
+        check_rows(rows.rows, checkpoint)
     say(_counted(rows, recipe.data.train))
     eval_rows = _rows(recipe, template, recipe.data.eval, recipe.data.eval_split).rows if recipe.data.eval else None
 
@@ -90,7 +94,7 @@ def train(
         train_dataset=rows.rows,
         eval_dataset=eval_rows,
         data_collator=ReftDataCollator(tokenizer),
-        callbacks=[ProgressCallback(), RecipeBeside(recipe)],
+        callbacks=[ProgressCallback(), RecipeBeside(recipe, rows.rows)],
         head_lr=recipe.train.head_lr,
         reuse=recipe.train.reuse,
         reuse_budget=recipe.train.reuse_budget,
@@ -100,6 +104,8 @@ def train(
     if recipe.train.init_rows:
         trainer.add_callback(StartByRows(rows.rows[: recipe.train.init_rows], trainer, say))
     _quiet(trainer)
+    if recipe.train.overwrite and trainer.is_world_process_zero():
+        remove_checkpoints(output_dir)
     with _no_cache(base):
         if checkpoint and recipe.train.max_steps and (steps_done(checkpoint) or 0) >= recipe.train.max_steps:
             say(f"Its {recipe.train.max_steps} steps are done: nothing is left to train.")  # Trainer would do one more
@@ -108,7 +114,7 @@ def train(
             loss = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).training_loss
         _check_finite(model)
         trainer.save_model(str(output_dir))
-    save_recipe(recipe, output_dir / "recipe.yaml")
+    save_recipe(kept(recipe), output_dir / "recipe.yaml")
     size = sum(path.stat().st_size for path in output_dir.glob("adapter_model.*"))
     model.eval()
     return TrainResult(output_dir, size, loss, model, tokenizer, template)
@@ -188,22 +194,6 @@ def _counted(rows: TokenizedRows, source: str) -> str:
     words += [f"{rows.truncated} responses cut"] if rows.truncated else []
     words += [f"{rows.skipped} left out"] if rows.skipped else []
     return ", ".join(words)
-
-
-def _checkpoint(recipe: Recipe, output_dir: Path, say: Callable[[Any], None]) -> Path | None:
-    """The checkpoint to go on from, or None; refuses to mix a new run with an older one's checkpoints."""
-    if recipe.train.resume and recipe.train.overwrite:
-        raise RecipeError("train.resume goes on from a run and train.overwrite discards it: set one of them.")
-    last = last_whole_checkpoint(output_dir)
-    if recipe.train.resume:
-        say(f"Resuming from {last}" if last else f"No checkpoint in {output_dir} to resume from: starting anew.")
-        return last
-    if last and not recipe.train.overwrite:
-        raise RecipeError(
-            f"{output_dir} holds checkpoints of an earlier run ({last.name}). Set train.resume: true to go on "
-            "from there, train.overwrite: true to train anew, or another train.output_dir."
-        )
-    return None
 
 
 def _load(model: Any, checkpoint: Path) -> float:
