@@ -68,3 +68,50 @@ def test_a_mix_applied_between_two_evaluations(tmp_path: Path) -> None:
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
     assert losses[0][0] != pytest.approx(losses[0][1], rel=1e-4)
     assert len(said) == 2
+
+
+def test_another_adapter_under_the_same_name_between_two_evaluations(tmp_path: Path) -> None:
+    losses = []
+    for mode in ("off", "auto"):
+        model = two_adapters(tiny_llama(dtype=torch.float64))
+        trainer = ReftTrainer(
+            model=model, args=arguments(tmp_path), data_collator=collate, eval_dataset=examples(8), reuse=mode,
+            say=lambda _: None,
+        )  # fmt: skip
+        trainer.is_in_train = True  # as a callback would find it
+        first = trainer.evaluate()["eval_loss"]
+        model.delete_adapter("default")
+        torch.manual_seed(2)
+        early = ReftConfig(r=3, layers=[0], positions="f2", init_weights=False, task_type="CAUSAL_LM")
+        model.add_adapter("default", early)
+        model.set_adapter("default")
+        losses.append((first, trainer.evaluate()["eval_loss"]))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert losses[0][0] != pytest.approx(losses[0][1], rel=1e-4)
+
+
+def test_a_base_weight_that_is_unfrozen_between_two_steps_has_its_gradient() -> None:
+    model = reft(tiny("llama"), "l2", layers=[3])
+    engine, _ = reuse(model)
+    batch = collate(examples())
+    with doubles():
+        with_reuse(engine, batch, True)
+        model.get_base_model().model.layers[0].mlp.up_proj.weight.requires_grad_(True)
+        _, gradients = computed(model, dict(batch))
+        assert "up_proj.weight is trained too" in str(engine.plan)
+        torch.testing.assert_close(with_reuse(engine, batch, True)[1], gradients, rtol=1e-8, atol=1e-12)
+
+
+def test_a_base_that_left_no_trace_of_a_change_before_an_evaluation(tmp_path: Path) -> None:
+    losses = []
+    for mode in ("off", "memory"):
+        model = two_adapters(tiny_llama(dtype=torch.float64))
+        trainer = ReftTrainer(
+            model=model, args=arguments(tmp_path), data_collator=collate, eval_dataset=examples(8), reuse=mode,
+            say=lambda _: None,
+        )  # fmt: skip
+        first = trainer.evaluate()["eval_loss"]
+        model.get_base_model().model.layers[0].mlp.up_proj.weight.data.mul_(3)
+        losses.append((first, trainer.evaluate()["eval_loss"]))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert losses[0][0] != pytest.approx(losses[0][1], rel=1e-4)

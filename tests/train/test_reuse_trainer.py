@@ -237,6 +237,27 @@ def test_a_mismatch_is_said_and_training_is_plain(tmp_path: Path, monkeypatch: p
     assert "Training goes on plainly" in said[0]
 
 
+def test_a_first_batch_that_is_computed_whole_compares_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from reftune.train.reuse import engine
+
+    right, calls = engine.head_cache, []
+
+    def wrong(entries: Any, starts: Any, layers: int) -> Any:
+        return right([{name: 3 * tensor for name, tensor in entry.items()} for entry in entries], starts, layers)
+
+    def left_first(rows: Any) -> Any:
+        calls.append(rows)
+        return collate(rows, padding_side="left" if len(calls) == 1 else "right")
+
+    plain, _ = run(Trainer, model_for(), tmp_path, data_collator=left_first)
+    calls.clear()
+    monkeypatch.setattr(engine, "head_cache", wrong)
+    reused, said = run(ReftTrainer, model_for(), tmp_path, data_collator=left_first)
+    assert history(reused) == history(plain)
+    assert "padded on the left" in said[0]
+    assert "switched off" in said[-1]
+
+
 def test_noise_that_makes_both_ways_differ_is_named(tmp_path: Path) -> None:
     plain, _ = run(Trainer, model_for(), tmp_path, neftune_noise_alpha=5)
     reused, said = run(ReftTrainer, model_for(), tmp_path, neftune_noise_alpha=5)

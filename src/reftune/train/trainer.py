@@ -116,6 +116,12 @@ class ReusesFrozenBase:
             self.reuse.begin()
         return super().train(*args, **kwargs)  # type: ignore[misc]
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        own: Any = self
+        if self.reuse is not None and not own.is_in_train:  # what was done to the model since may have left no trace
+            self.reuse.begin()
+        return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any) -> Any:
         before, self._loss_only = self._loss_only, prediction_loss_only
         try:
@@ -167,9 +173,11 @@ class ReusesFrozenBase:
         plan = self.reuse.plan
         case = (plan.adapters, plan.logits, plan.depth, plan.split, model.training, keep)
         if case not in self._checked:
-            self._checked.add(case)
-            loss_of = self._loss_of_check(num_items_in_batch)
-            reason = check(self.reuse, inner, inputs, keep, loss_of) if plan.anything else None
+            reason = None
+            if not plan.anything or self.reuse.takes(inputs):  # else the next batch is the first to be compared
+                self._checked.add(case)
+                loss_of = self._loss_of_check(num_items_in_batch)
+                reason = check(self.reuse, inner, inputs, keep, loss_of) if plan.anything else None
             if reason is not None:
                 self.reuse.forget(reason)
                 self._checked |= {str(self.reuse.plan)}

@@ -70,7 +70,7 @@ class Reuse:
         self.alone = alone
         self.store = store if store is not None else MemoryStore(0)
         self.store.say = say
-        self._plans: dict[Any, Plan] = {}
+        self._plans: dict[Any, tuple[tuple[Any, ...], Plan]] = {}
         self._nothing: Plan | None = None
         self._frozen: Frozen | None = None
         self._versions: Any = None
@@ -88,14 +88,17 @@ class Reuse:
         if session is None:
             return make_plan(self.model)
         key = (tuple(session.names), session.enabled, base.training)
-        if key not in self._plans:
+        # another adapter may come under the same name, and a base's weight be unfrozen between two steps
+        seen = (self._base_learns(base), *(session.interventions.get(name) for name in session.names))
+        before, plan = self._plans.get(key, ((), Plan()))
+        if len(before) != len(seen) or any(old is not new for old, new in zip(before, seen, strict=True)):
             plan = make_plan(self.model)
             if plan.logits and not self.select:
                 plan = replace(
                     plan, logits=False, why_not={LOGITS: "the trainer has a loss of its own", **plan.why_not}
                 )
-            self._plans[key] = plan
-        return self._plans[key]
+            self._plans[key] = seen, plan
+        return plan
 
     def begin(self) -> None:
         """Look at the model again: to be called when a training or evaluation begins."""
@@ -105,6 +108,15 @@ class Reuse:
     def forget(self, reason: str) -> None:
         """Reuse nothing from now on."""
         self._nothing = Plan(why_not={"anything": reason})
+
+    def takes(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether `prepare` can do anything for such a batch; where not, it says why."""
+        plan = self.plan
+        try:
+            return plan.anything and bool(read_rows(inputs, plan.positions, plan.split, plan.logits))
+        except NotReusableError as error:
+            self._once(f"Reuse: this batch is computed whole, because {error}.")
+            return False
 
     # -- a batch --------------------------------------------------------------------------------------------------
 
@@ -191,9 +203,7 @@ class Reuse:
 
     def _open(self, frozen: Frozen) -> None:
         """Make sure that the store's entries belong to the base as it is now."""
-        if self._held is None:
-            self._held = holders(frozen.base)
-        now = versions(self._held)
+        now = versions(self._holders(frozen.base))
         if now == self._versions:
             return
         with self.autocast():
@@ -206,6 +216,14 @@ class Reuse:
             self.store = MemoryStore(self.store.budget)
             self.store.say = self.say
         self._versions = now
+
+    def _holders(self, base: Any) -> list[Any]:
+        if self._held is None:
+            self._held = holders(base)
+        return self._held
+
+    def _base_learns(self, base: Any) -> bool:
+        return any(t is not None and t.requires_grad for held in self._holders(base) for t in held.values())
 
     def _base(self, base: Any, session: Any) -> Frozen:
         if self._frozen is None or self._frozen.base is not base:
