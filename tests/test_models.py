@@ -208,6 +208,8 @@ def test_load_adapted_refuses_what_is_no_adapter_or_names_no_base(tmp_path: Path
         load_adapted(str(tmp_path))
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         load_adapted("./nowhere")
+    with pytest.raises(FileNotFoundError, match=r"No adapter here: runs/nowhere is no directory, and the hub"):
+        load_adapted("runs/nowhere")
     reftune.get_reft_model(tiny_model(), reftune.ReftConfig(r=2)).save_pretrained(str(tmp_path / "a"))
     path = tmp_path / "a" / "adapter_config.json"
     config = json.loads(path.read_text())

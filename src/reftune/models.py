@@ -99,6 +99,10 @@ def _adapter_config(adapter_dir: str) -> Any:
     try:
         return PeftConfig.from_pretrained(adapter_dir)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if not path.exists() and "Can't find" in str(error):  # PEFT's words for the hub's no, and for no hub
+            raise FileNotFoundError(
+                f"No adapter here: {adapter_dir} is no directory, and the hub gives no adapter by that name. Check it."
+            ) from error
         raise ValueError(
             f"The adapter_config.json of {adapter_dir} cannot be used: {error!r}. Save it again."
         ) from error

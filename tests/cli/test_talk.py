@@ -46,6 +46,12 @@ def test_an_answer_says_whether_it_ended(talker: Talker) -> None:
     assert not first[0].ended
 
 
+def test_a_prompt_of_no_tokens_is_said(talker: Talker) -> None:
+    plain = PromptTemplate(talker.tokenizer, "plain")
+    with pytest.raises(ValueError, match="The prompt is empty"):
+        reply(Talker(talker.model, talker.tokenizer, plain), ["a", ""])
+
+
 def test_a_stream_is_the_reply(talker: Talker) -> None:
     pieces: list[str] = []
     said = stream(talker, "hello", write=pieces.append, max_new_tokens=8)

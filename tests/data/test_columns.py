@@ -33,6 +33,12 @@ def test_only_the_last_turn_of_a_chat_is_learned() -> None:
     assert find_columns(["messages"])({"messages": turns}) == Example(turns[:3], "four")
 
 
+def test_columns_of_other_rows_are_no_loss() -> None:
+    """`datasets` gives every message the keys of all."""
+    turns = [{**turn, "tool_calls": None, "thinking": ""} for turn in [*USER, {"role": "assistant", "content": "4"}]]
+    assert find_columns(["messages"])({"messages": turns}).response == "4"
+
+
 def test_columns_can_be_renamed() -> None:
     row = {"question": "2+2?", "answer": "4", "prompt": "not this"}
     assert find_columns(row, {"prompt": "question", "completion": "answer"})(row) == Example(USER, "4")
@@ -69,6 +75,10 @@ def test_a_wrong_rename_is_an_error(names: list[str], rename: dict[str, str], sa
         ({"messages": [{"role": "assistant", "content": "4"}]}, "a prompt is needed"),
         ({"messages": "hello"}, "column messages must hold messages"),
         ({"messages": [{"role": "user", "text": "x"}]}, "a role and a content"),
+        (
+            {"messages": [*USER, {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}]},
+            "has tool_calls beside its content, which would be lost",
+        ),
         ({"prompt": None, "completion": "4"}, "column prompt must hold text or messages .*, but is empty"),
         (
             {"prompt": "2+2?", "completion": None},

@@ -89,6 +89,13 @@ def test_a_folder_without_data_is_named(tmp_path: Path, monkeypatch: pytest.Monk
         read_examples("model")
 
 
+def test_a_folder_is_read_by_its_whole_path_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 2)
+    monkeypatch.chdir(tmp_path)
+    assert len(read_examples("rows")) == len(read_examples(str(tmp_path / "rows"))) == 2
+
+
 def test_a_csv_row_with_too_few_fields_has_no_answer(tmp_path: Path) -> None:
     (tmp_path / "short.csv").write_text("prompt,completion\na,None\nb\n")
     assert [row["completion"] for row in read_examples(str(tmp_path / "short.csv"))] == ["None", None]

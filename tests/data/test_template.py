@@ -60,6 +60,12 @@ def test_plain_can_be_asked_for_and_takes_one_message_only() -> None:
         template.prompt_ids(CHATS[2])
 
 
+def test_a_prompt_of_no_tokens_is_an_error() -> None:
+    template = PromptTemplate(tiny_tokenizer(chat=False))
+    with pytest.raises(ValueError, match=r"Row 1 of the data: The prompt is empty, .* no token is there to edit"):
+        tokenize([{"prompt": "a", "completion": "b"}, {"prompt": "", "completion": "b"}], template)
+
+
 def test_the_system_message_goes_first_unless_there_is_one() -> None:
     template = PromptTemplate(tiny_tokenizer(), system="Be brief.")
     assert template.prompt_ids(USER) == PromptTemplate(template.tokenizer).prompt_ids(CHATS[1])

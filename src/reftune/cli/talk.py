@@ -13,6 +13,7 @@ from typing import Any
 
 from reftune.composition import load_composed, load_composition
 from reftune.data import PromptTemplate
+from reftune.data.template import some
 from reftune.models import BUNDLED, load_adapted, load_model
 
 Messages = list[dict[str, str]]
@@ -82,7 +83,7 @@ def answer(
     """The answers to several prompts, generated as one batch. `**kwargs` go to `generate`."""
     import torch
 
-    rows = [talker.template.prompt_ids(prompt) for prompt in prompts]
+    rows = [some(talker.template.prompt_ids(prompt)) for prompt in prompts]
     length = max(map(len, rows))
     options = _options(talker, max_new_tokens, temperature) | kwargs
     fill = options["pad_token_id"] or 0

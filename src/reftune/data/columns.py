@@ -13,6 +13,9 @@ from typing import Any
 
 Message = dict[str, str]
 
+# what chat templates write beside the content, and would be lost
+_BESIDE = ("tool_calls", "function_call", "reasoning_content", "thinking")
+
 ACCEPTED = "messages; prompt + completion; instruction (+ input) + output"
 
 
@@ -86,6 +89,11 @@ def _messages(row: Mapping[str, Any], column: str, wanted: str = "messages") -> 
     for turn in value:
         if not isinstance(turn.get("role"), str) or not isinstance(turn.get("content"), str):
             raise ValueError(f"A message has a role and a content, both text, but found {_short(dict(turn))}.")
+        if lost := [name for name in _BESIDE if turn.get(name)]:
+            raise ValueError(
+                f"A message has {' and '.join(lost)} beside its content, which would be lost: write it into the "
+                "content as the model shall read or write it, or leave it out."
+            )
     return [{"role": turn["role"], "content": turn["content"]} for turn in value]
 
 

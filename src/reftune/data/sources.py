@@ -31,7 +31,7 @@ def read_examples(source: str, *, split: str = "train", limit: int | None = None
 
     path = _bundled(source) if source.startswith(_OURS) else Path(source)
     builder = _builder(path)
-    if builder is not None or path.is_file() or path.is_absolute():
+    if not path.is_dir() and (builder is not None or path.is_file() or path.is_absolute()):
         rows = _read_file(datasets, path, builder)
     else:
         with _told(source, "data", (datasets.exceptions.DatasetGenerationError, UnicodeDecodeError)):

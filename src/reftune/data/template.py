@@ -99,6 +99,13 @@ class PromptTemplate:
         return turns[0]["content"]
 
 
+def some(prompt: list[int]) -> list[int]:
+    """The tokens of a prompt; ValueError if it has none."""
+    if not prompt:
+        raise ValueError("The prompt is empty, and the tokenizer puts nothing before it: no token is there to edit.")
+    return prompt
+
+
 @dataclass(frozen=True)
 class TokenizedRows:
     """Training rows, and how many of the data's rows were cut or left out.
@@ -131,7 +138,7 @@ def tokenize(
     for number, row in enumerate(data):
         try:
             example = row if isinstance(row, Example) else (read or find_columns(row, columns))(row)
-            prompt = template.prompt_ids(example.messages)
+            prompt = some(template.prompt_ids(example.messages))
             response = template.response_ids(example.messages, example.response)
         except ValueError as error:
             raise ValueError(f"Row {number} of the data: {error}") from error
