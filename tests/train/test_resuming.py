@@ -126,3 +126,18 @@ def test_rows_that_changed_in_their_file_are_noticed(keys: dict[str, Any], tmp_p
     _write(tmp_path / "data.jsonl", 2)
     (checkpoint / "recipe.yaml").unlink()  # killed before it was written
     _quietly(keys | {"resume": True})
+
+
+@pytest.mark.parametrize("epochs", [1.5, 2.0])
+def test_a_run_whose_epochs_are_done_is_not_trained_a_step_more(
+    keys: dict[str, Any], tmp_path: Path, epochs: float
+) -> None:
+    keys |= {"max_steps": None, "epochs": epochs, "save": "steps", "save_steps": 2, "lr_scheduler": "constant"}
+    whole = _weights(_quietly(keys).output_dir)
+    (tmp_path / "out" / "adapter_model.safetensors").unlink()  # killed while it was saved
+    said: list[Any] = []
+    train(load_recipe(None, keys | {"resume": True}), say=said.append)
+    assert any("steps are done: nothing is left to train." in str(text) for text in said)
+    assert _same(whole, _weights(tmp_path / "out"))
+    more = _quietly(keys | {"resume": True, "epochs": 3.0})
+    assert not _same(whole, _weights(more.output_dir))

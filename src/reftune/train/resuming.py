@@ -109,6 +109,19 @@ def steps_done(checkpoint: str | Path) -> int | None:
         return None
 
 
+def all_done(recipe: Recipe, checkpoint: Path) -> bool:
+    """Whether a checkpoint is the end of what the recipe asks for: Trainer, resumed there, may do a step more."""
+    if recipe.train.max_steps is not None:
+        planned = recipe.train.max_steps
+    else:
+        beside = checkpoint / "recipe.yaml"
+        before = load_recipe(beside).train if beside.is_file() else recipe.train
+        if before.max_steps is not None or before.epochs != recipe.train.epochs:
+            return False
+        planned = int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["max_steps"])
+    return (steps_done(checkpoint) or 0) >= planned
+
+
 class RecipeBeside(TrainerCallback):
     """The recipe in every checkpoint: whoever talks to one needs its template and system message, and whoever goes on
     from one needs to know that the run is the same, its training rows too."""

@@ -23,7 +23,7 @@ from reftune.train.precision import slow_bf16
 from reftune.train.progress import ProgressCallback, first_step_table
 from reftune.train.recipe import Recipe
 from reftune.train.recipe_file import RecipeError, save_recipe
-from reftune.train.resuming import RecipeBeside, check_rows, kept, remove_checkpoints, start_of, steps_done
+from reftune.train.resuming import RecipeBeside, all_done, check_rows, kept, remove_checkpoints, start_of, steps_done
 from reftune.train.starting import StartByRows, check_start
 from reftune.train.values import check_recipe
 
@@ -107,8 +107,8 @@ def train(
     if recipe.train.overwrite and trainer.is_world_process_zero():
         remove_checkpoints(output_dir)
     with _no_cache(base):
-        if checkpoint and recipe.train.max_steps and (steps_done(checkpoint) or 0) >= recipe.train.max_steps:
-            say(f"Its {recipe.train.max_steps} steps are done: nothing is left to train.")  # Trainer would do one more
+        if checkpoint and all_done(recipe, checkpoint):
+            say(f"Its {recipe.train.max_steps or steps_done(checkpoint)} steps are done: nothing is left to train.")
             loss = _load(model, checkpoint)
         else:
             loss = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).training_loss
