@@ -18,6 +18,12 @@ CHATS = [
 # as Gemma's
 REFUSES_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system here.') }}{% endif %}"
 
+# as of models that were trained without one
+DROPS_SYSTEM = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+    "{% elif m['role'] == 'assistant' %} {{ m['content'] }}<|im_end|>{% endif %}{% endfor %}"
+)
+
 
 def _generation_ids(tokenizer: object, messages: list) -> list[int]:
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
@@ -70,6 +76,18 @@ def test_the_system_message_goes_first_unless_there_is_one() -> None:
     template = PromptTemplate(tiny_tokenizer(), system="Be brief.")
     assert template.prompt_ids(USER) == PromptTemplate(template.tokenizer).prompt_ids(CHATS[1])
     assert template.prompt_ids(CHATS[1]) == template.prompt_ids(USER)
+
+
+def test_a_template_that_leaves_system_messages_out_is_refused_with_one() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = DROPS_SYSTEM
+    assert PromptTemplate(tokenizer).prompt_ids(USER)
+    for template, messages in (
+        (PromptTemplate(tokenizer, system="Be brief."), USER),
+        (PromptTemplate(tokenizer), CHATS[1]),
+    ):
+        with pytest.raises(ValueError, match="leaves system messages out without a word"):
+            template.prompt_ids(messages)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ The prompt is tokenised by itself, by the call that generation uses, and the res
 as one text, a token could span their seam and the edited suffix would be another than at generation.
 """
 
+import functools
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -87,8 +88,26 @@ class PromptTemplate:
         if not turns:
             raise ValueError("There are no messages: a prompt is needed.")
         if self.system is not None and turns[0]["role"] != "system":
-            return [{"role": "system", "content": self.system}, *turns]
+            turns = [{"role": "system", "content": self.system}, *turns]
+        if self.is_chat and turns[0]["role"] == "system" and not self._reads_system:
+            raise ValueError(
+                "The model's chat template leaves system messages out without a word. Leave out data.system "
+                "(--system), or the message, or write it into the first user's."
+            )
         return turns
+
+    @functools.cached_property
+    def _reads_system(self) -> bool:
+        """Whether a system message changes what the chat template writes."""
+        user = {"role": "user", "content": "x"}
+        try:
+            texts = [
+                apply_chat_template(self.tokenizer, turns, add_generation_prompt=True, tokenize=False)
+                for turns in ([{"role": "system", "content": "Reply in rhymes."}, user], [user])
+            ]
+        except ValueError:  # it refuses, and will say so of the real ones
+            return True
+        return bool(texts[0] != texts[1])
 
     def _plain(self, turns: list[Message]) -> str:
         if len(turns) != 1:
