@@ -7,6 +7,7 @@ A process that is killed while it saves leaves a directory that Trainer would tr
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import shutil
@@ -132,8 +133,12 @@ class RecipeBeside(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and checkpoint.is_dir():
-            (checkpoint / _ROWS).write_text(_digest(self.rows) + "\n", encoding="utf-8")
+            (checkpoint / _ROWS).write_text(self._digest + "\n", encoding="utf-8")
             save_recipe(kept(self.recipe), checkpoint / "recipe.yaml")
+
+    @functools.cached_property
+    def _digest(self) -> str:  # once a run, not once a checkpoint
+        return _digest(self.rows)
 
 
 def _changes(recipe: Recipe, checkpoint: Path) -> list[str]:
