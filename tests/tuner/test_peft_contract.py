@@ -157,6 +157,21 @@ def test_copies_and_pickles():
     assert torch.equal(logits(pickle.loads(pickle.dumps(model))), logits(model))
 
 
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
+)
+def test_copies_and_pickles_tell_their_layers_what_the_prompt_is(copied):
+    model = adapted(base=tiny_llama(dtype=torch.float64))
+    settings = {"max_new_tokens": 6, "do_sample": False, "use_cache": False}  # every pass reads the answer again
+    wanted = model.generate(IDS, **settings)
+    twin = copied(model)
+    assert torch.equal(twin.generate(IDS, **settings), wanted)
+    base = twin.unload()
+    assert "generate" not in base.__dict__
+    assert torch.equal(base(IDS).logits, tiny_llama(dtype=torch.float64)(IDS).logits)
+    assert torch.equal(model.generate(IDS, **settings), wanted)
+
+
 def test_saved_and_loaded_in_every_way(tmp_path):
     base = tiny_llama()
     base.save_pretrained(tmp_path / "base")

@@ -7,7 +7,7 @@ too, so that what cannot be exact there is refused where it is asked for.
 """
 
 import inspect
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +22,8 @@ def bind(model: nn.Module) -> None:
     """Put our `generate` and `init_continuous_batching` before the model's own, if it has them."""
     for method in _BOUND:
         if callable(_own(model, method.__name__)):
-            model.__dict__.setdefault(method.__name__, MethodType(method, model))
+            # no bound method: a pickle names that one by the model and "generate", which reads as the class's own
+            model.__dict__.setdefault(method.__name__, partial(method, model))
 
 
 def unbind(model: nn.Module) -> None:
