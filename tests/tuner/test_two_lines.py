@@ -8,6 +8,8 @@ from peft import PeftModel, get_peft_model
 from conftest import tiny_llama
 from reftune import LoreftIntervention, NodireftIntervention, ReftConfig, get_reft_model
 
+IDS = torch.tensor([[5, 6, 7, 8, 9]])
+
 
 def test_the_two_lines_as_they_stand():
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -117,3 +119,17 @@ def test_get_reft_model_takes_its_own_config_only():
 
     with pytest.raises(TypeError, match="ReftConfig, but got a LoraConfig"):
         get_reft_model(tiny_llama(), LoraConfig())
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute in the model")
+@pytest.mark.parametrize("layers", [[1], [2]])
+def test_a_second_adapter_of_the_same_name_is_refused_and_the_first_one_stays(layers):
+    base = tiny_llama()
+    model = get_reft_model(base, ReftConfig(layers=[1], positions="f2", init_weights=False)).eval()
+    before = model(IDS).logits
+    with pytest.raises(ValueError, match="has a ReFT adapter 'default' already"):
+        get_reft_model(base, ReftConfig(layers=layers, positions="l2"))
+    assert torch.equal(model(IDS).logits, before)
+    assert (model.peft_config["default"].layers, model.peft_config["default"].positions) == ([1], "f2")
+    get_reft_model(model.unload(), ReftConfig(layers=layers, positions="l2"))

@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 from ..positions import parse
 from ..sites import Site
 from .layer import ReftLayer
+from .session import ATTRIBUTE
 
 _SHAPE = ("model_type", "hidden_size", "num_hidden_layers")
 
@@ -34,6 +35,19 @@ def check_same(saved: dict[str, Any], found: dict[str, Any], adapter_name: str) 
             f"Adapter {adapter_name!r} does not fit this base model: it was trained on one with {', '.join(wrong)}. "
             "Load the base model that its adapter_config.json names in base_model_name_or_path."
         )
+
+
+def check_new(model: nn.Module, adapter_name: str, configs: dict[str, Any]) -> None:
+    """Refuse an adapter under a name that the model has already, as a second `get_peft_model` on one base makes it: the
+    edits of both would be one adapter's. PEFT has put its config over the first one's, which is put back."""
+    session = model.__dict__.get(ATTRIBUTE)
+    if session is None or not any(adapter_name in layer.groups for layer in session.layers):
+        return
+    configs[adapter_name] = session.configs[adapter_name]
+    raise ValueError(
+        f"The base model has a ReFT adapter {adapter_name!r} already. Give the new one another name (adapter_name=...) "
+        "or take the old one away first: base = peft_model.unload(), or peft_model.delete_adapter(...)."
+    )
 
 
 def check_decoder(model: nn.Module, site: Site, positions: str) -> None:

@@ -69,6 +69,7 @@ class ReftModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Resolve the sites, add the interventions, attach the hooks. On an error the model is as it was before."""
         kwargs.pop("state_dict", None)  # the config says where to edit
+        compatibility.check_new(model, adapter_name, self.peft_config)
         config: ReftConfig = self.peft_config[adapter_name]
         try:
             with_lora.add(model, adapter_name, config, self.active_adapters, self.peft_config)
@@ -81,6 +82,7 @@ class ReftModel(BaseTuner):
             self._forget(model, adapter_name)
             raise
         session = self.session
+        session.configs[adapter_name] = config
         layers = [layer for layer in session.layers if adapter_name in layer.groups]
         session.interventions[adapter_name] = tuple(i for layer in layers for i in layer.interventions(adapter_name))
         session.positions[adapter_name] = shared(tuple({p: None for la in layers for p, _ in la.groups[adapter_name]}))
@@ -285,6 +287,7 @@ class ReftModel(BaseTuner):
                     if not any(c in target._modules for c in CHILD.values()):
                         detach(target)
         if session is not None:
+            session.configs.pop(adapter_name, None)
             session.interventions.pop(adapter_name, None)
             session.positions.pop(adapter_name, None)
             session.layers = [layer for layer in session.layers if layer.groups]

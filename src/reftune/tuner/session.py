@@ -55,6 +55,7 @@ class Session:
 
     def __init__(self, model: nn.Module) -> None:
         self.threads = _Threads()
+        self.configs: dict[str, Any] = {}  # adapter → its config
         self.positions: dict[str, tuple[str, ...]] = {}  # adapter → its expressions
         self.layers: list[Any] = []  # the ReftLayers of the model
         self.shape: dict[str, Any] = {}
