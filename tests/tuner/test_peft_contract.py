@@ -293,6 +293,31 @@ def test_weights_that_are_not_the_adapters_are_refused(tmp_path):
             assert torch.equal(logits(base), tiny_llama()(IDS).logits)
 
 
+def test_weights_refused_for_an_adapter_that_is_there_leave_it_as_it_was(tmp_path):
+    adapted(r=2).save_pretrained(tmp_path / "smaller")
+    adapted(intervention="direft").save_pretrained(tmp_path / "direft")
+    adapted(r=2, act_fn="gelu").save_pretrained(tmp_path / "gelu")
+    again = adapted()
+    again.save_pretrained(tmp_path / "again")
+    model = adapted()
+    before, state = logits(model), get_peft_model_state_dict(model)
+    for file, message in (("smaller", "another shape"), ("direft", "is direft"), ("gelu", "is loreft act_fn='gelu'")):
+        with pytest.raises(ValueError, match=message):
+            model.load_adapter(tmp_path / file, "default")
+        assert torch.equal(logits(model), before)
+    with pytest.raises(ValueError, match="missing"):
+        set_peft_model_state_dict(model, {})
+    beside = {f"{key.removesuffix('.R')}.others_write": torch.eye(32)[:1] for key in state if key.endswith(".R")}
+    with pytest.raises(ValueError, match="missing"):
+        set_peft_model_state_dict(model, beside)
+    assert torch.equal(logits(model), before)
+    assert get_peft_model_state_dict(model).keys() == state.keys()
+    model.load_adapter(tmp_path / "again", "default")
+    assert torch.equal(logits(model), logits(again))
+    with pytest.raises(ValueError, match="missing"):  # loaded from a file, it stays too
+        set_peft_model_state_dict(PeftModel.from_pretrained(tiny_llama(), tmp_path / "again"), {})
+
+
 def test_a_damaged_weights_file_is_named(tmp_path):
     adapted().save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"

@@ -83,6 +83,8 @@ class ReftModel(BaseTuner):
             raise
         session = self.session
         session.configs[adapter_name] = config
+        if config.from_file:
+            session.unloaded.add(adapter_name)
         layers = [layer for layer in session.layers if adapter_name in layer.groups]
         session.interventions[adapter_name] = tuple(i for layer in layers for i in layer.interventions(adapter_name))
         session.positions[adapter_name] = shared(tuple({p: None for la in layers for p, _ in la.groups[adapter_name]}))
@@ -287,13 +289,9 @@ class ReftModel(BaseTuner):
                     if not any(c in target._modules for c in CHILD.values()):
                         detach(target)
         if session is not None:
-            session.configs.pop(adapter_name, None)
-            session.interventions.pop(adapter_name, None)
-            session.positions.pop(adapter_name, None)
-            session.layers = [layer for layer in session.layers if layer.groups]
+            session.forget(adapter_name)
             edited = {id(target) for target in model.modules() if any(c in target._modules for c in CHILD.values())}
             session.watched = [path for path in session.watched if id(model.get_submodule(path)) in edited]
-            session.active = [n for n in session.active if n != adapter_name]
         with_lora.remove(model, adapter_name)
 
     def _unload_and_optionally_merge(
@@ -373,19 +371,22 @@ class ReftModel(BaseTuner):
     ) -> dict[str, Any]:
         if config.rows_kept is not None:
             state_dict = truncate_state(state_dict, config.rows_kept)
-        make_room(model, adapter_name, state_dict)
+        undo = make_room(model, adapter_name, state_dict)
         remapped = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
+        tuner: Any = getattr(model, "base_model", None)
+        unloaded = tuner.session.unloaded if isinstance(tuner, ReftModel) else set()
         try:
             compatibility.check_keys(model, adapter_name, remapped)
             with_lora.check_keys(model, adapter_name, remapped)
         except ValueError:
-            tuner = getattr(model, "base_model", None)
-            if isinstance(tuner, ReftModel):
+            undo()
+            if adapter_name in unloaded:  # made for these weights; any other one stays as it was
                 tuner._forget(tuner.model, adapter_name)
                 tuner.peft_config.pop(adapter_name, None)
             raise
+        unloaded.discard(adapter_name)
         return remapped
 
 

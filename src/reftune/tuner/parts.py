@@ -1,6 +1,6 @@
 """Parts of adapters: which of them train and act, what a new one must stay out of, and room for what a file holds."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,8 +55,10 @@ def others_at_sites(
     return found
 
 
-def make_room(model: nn.Module, adapter_name: str, state: Mapping[str, Tensor]) -> None:
-    """Give the interventions of an adapter buffers for the directions that its file says they stay out of."""
+def make_room(model: nn.Module, adapter_name: str, state: Mapping[str, Tensor]) -> Callable[[], None]:
+    """Give the interventions of an adapter buffers for the directions that its file says they stay out of. What comes
+    back takes them away again, for weights that prove unfit."""
+    before: dict[LowRankIntervention, dict[str, Tensor | None]] = {}
     for key, tensor in state.items():
         if not key.endswith((".others_write", ".others_read")):
             continue
@@ -64,7 +66,14 @@ def make_room(model: nn.Module, adapter_name: str, state: Mapping[str, Tensor]) 
         for root in (model, getattr(getattr(model, "base_model", None), "model", None)):
             part = _part(root, path, adapter_name) if isinstance(root, nn.Module) else None
             if part is not None:
+                before.setdefault(part, dict(part._buffers))
                 part.set_others(**{name: torch.zeros(tensor.shape, device=part.R.device)})
+
+    def undo() -> None:
+        for part, buffers in before.items():
+            part._buffers = buffers
+
+    return undo
 
 
 def _part(root: nn.Module, path: str, adapter_name: str) -> LowRankIntervention | None:

@@ -56,6 +56,7 @@ class Session:
     def __init__(self, model: nn.Module) -> None:
         self.threads = _Threads()
         self.configs: dict[str, Any] = {}  # adapter → its config
+        self.unloaded: set[str] = set()  # adapters made from a file's config, whose weights are still to come
         self.positions: dict[str, tuple[str, ...]] = {}  # adapter → its expressions
         self.layers: list[Any] = []  # the ReftLayers of the model
         self.shape: dict[str, Any] = {}
@@ -109,6 +110,14 @@ class Session:
             return [name for name in dict.fromkeys(self.state.adapter_names) if name != "__base__"]
         mix = self.state.mix or self.mix
         return self.active if mix is None else list(mix.active())
+
+    def forget(self, adapter_name: str) -> None:
+        """Keep nothing of an adapter whose interventions are gone."""
+        for table in (self.configs, self.positions, self.interventions):
+            table.pop(adapter_name, None)
+        self.unloaded.discard(adapter_name)
+        self.active = [name for name in self.active if name != adapter_name]
+        self.layers = [layer for layer in self.layers if layer.groups]
 
     @contextmanager
     def mixing(self, mix: Mix) -> Iterator[None]:
