@@ -363,6 +363,28 @@ def test_a_mix_outlives_an_added_adapter():
     assert not torch.allclose(logits(model), half)
 
 
+def test_deleting_an_adapter_that_does_not_act_changes_nothing_else():
+    model = adapted()
+    for name in ("other", "third"):
+        model.add_adapter(name, ReftConfig(layers=[1, 3], task_type="CAUSAL_LM"))
+        shake(model, name)
+    model.base_model.session.mix = Mix({"default": 0.5, "other": 2.0})
+    mixed = logits(model)
+    model.requires_grad_(False)
+    model.delete_adapter("third")
+    assert torch.equal(logits(model), mixed)
+    assert not any(p.requires_grad for p in model.parameters())
+    model.delete_adapter("other")  # it took part: what remains is the active adapter
+    model.set_adapter("default")
+    alone = logits(model)
+    model.add_adapter("other", ReftConfig(layers=[1, 3], task_type="CAUSAL_LM"))
+    model.base_model.session.mix = Mix({"other": 1.0})
+    model.delete_adapter("default")
+    assert model.active_adapters == ["other"]
+    assert model.base_model.session.mix == Mix({"other": 1.0})
+    assert not torch.equal(logits(model), alone)
+
+
 @pytest.mark.parametrize("name", ["layers", "model", "edit_output", "2"])
 def test_an_adapter_called_like_a_module_is_refused(name):
     model = adapted()

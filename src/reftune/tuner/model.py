@@ -217,12 +217,15 @@ class ReftModel(BaseTuner):
         if adapter_name not in self.peft_config:
             raise ValueError(f"Adapter {adapter_name} does not exist")
         del self.peft_config[adapter_name]
-        active = [name for name in self.active_adapters if name != adapter_name]
+        before, mix = self.active_adapters, self.session.mix
+        active = [name for name in before if name != adapter_name]
         self._forget(self.model, adapter_name)
         if not active and self.peft_config:
             active = [next(iter(self.peft_config))]
         _delete_auxiliary_adapter(self.model, adapter_name=adapter_name, new_active_adapters=active)
-        self.set_adapter(active)
+        if active != before:
+            self.set_adapter(active)
+        self.session.mix = None if mix is None or adapter_name in mix.strengths else mix
 
     def add_weighted_adapter(
         self,
