@@ -32,6 +32,15 @@ def test_the_article_s_setting_on_a_model_without_weights() -> None:
     assert "0.000005% in all" in str(found)
 
 
+@pytest.mark.parametrize("form", [{"stack": [1, 2]}, {"subspaces": {"a": 1, "b": 2}}, {"nested": True}])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_parts_of_an_adapter_are_counted_together(form: dict, device: str) -> None:
+    with torch.device(device):
+        model = get_reft_model(tiny_llama(), ReftConfig(**{"r": 3, "positions": "f2", "layers": [1], **form}))
+    found = cost(model, prompt=10, new=4)
+    assert found.edits == found.formula == 2 * 4 * 3 * 32
+
+
 def test_nothing_to_count_is_an_error() -> None:
     with pytest.raises(ValueError, match="prompt must be at least 1"):
         cost(get_reft_model(tiny_llama(), ReftConfig()), prompt=0)

@@ -6,13 +6,14 @@ The base is counted over a whole pass; the edits by running each intervention on
 edit Rᵀ((W − R)h + b) of one token takes 4rd operations: two matrix products of r rows of width d.
 """
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from .interventions import Intervention, intervention_class
+from .interventions import Intervention
 from .positions import layout, parse, select_group
 
 
@@ -98,16 +99,15 @@ def _count(base: Any, tokens: int) -> int:
 
 
 def _operations(module: Intervention) -> int:
-    """Operations of one edited token, counted on a fresh module of the same kind (a matrix product counts 2mnk)."""
-    settings = module.config()
-    kwargs = settings.pop("intervention_kwargs")
-    kind, rank = settings.pop("intervention"), settings.pop("r")
-    settings["init_weights"] = False
-    make = intervention_class(kind)
-    with torch.device("cpu"):
-        fresh = make(embed_dim=module.embed_dim, low_rank_dimension=rank, **settings, **kwargs).eval()
-        rows = torch.zeros(2, module.embed_dim)
+    """Operations of one edited token, counted on a copy, with weights of its own if the module is on the meta device (a
+    matrix product counts 2mnk)."""
+    fresh = copy.deepcopy(module).eval()
+    bare = any(value.is_meta for value in fresh.state_dict().values())
+    fresh = fresh.to_empty(device="cpu") if bare else fresh.to("cpu")
+    rows = torch.zeros(2, module.embed_dim, device="cpu")
     with torch.no_grad():
+        for value in fresh.state_dict().values() if bare else ():
+            value.normal_()
         fresh(rows)  # puts its rows right, which is done once
         with FlopCounterMode(display=False) as counter:
             fresh(rows)
