@@ -74,6 +74,14 @@ def test_every_row_as_alone_whatever_the_adapters(seed: int) -> None:
             torch.testing.assert_close(together[row, real], single, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
+def test_as_many_names_as_rows(count: int) -> None:
+    """Two names for four rows are not two rows each, nor one name one for all, as they are not in PEFT."""
+    model = with_adapters(tiny_llama(), [ReftConfig(), ReftConfig(positions="all")])
+    with pytest.raises(ValueError, match=f"for {count} rows, but the batch has 4"):
+        model(torch.randint(3, 90, (4, 7)), adapter_names=["a0", "a1", "__base__", *["a0"] * 5][:count])
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("settings", [{}, {"use_cache": False}, {"num_beams": 2}], ids=["cache", "none", "beams"])
 @torch.no_grad()

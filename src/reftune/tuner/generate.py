@@ -41,11 +41,12 @@ def generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return original(self, *args, **kwargs)
     prompt = _prompt(original, self, session, args, kwargs)
     state = session.state
-    state.prompt, state.subspaces = prompt, subspaces
+    state.prompt, state.subspaces, state.generating = prompt, subspaces, True
     try:
         return original(self, *args, **kwargs)
     finally:
         state.prompt = state.subspaces = None
+        state.generating = False
         if prompt is not None:
             cache, prompt.cache = prompt.cache, None  # the two do not hold each other: a cache is freed at once
             remember(cache, prompt)  # who decodes on by hand goes on from this prompt

@@ -36,6 +36,7 @@ class _State:
         self.batch: Batch | None = None
         self.idle = False  # a pass is running, and it is known that it edits nothing
         self.prompt: Prompt | None = None  # of the `generate` that is running
+        self.generating = False  # one is running, with a prompt to tell or without (an encoder-decoder's)
         self.subspaces: Any = None  # of the same
         self.wrapped = False  # the pass came through the PeftModel
         self.adapter_names: list[str] | None = None
@@ -196,6 +197,11 @@ class Session:
         shape = (tokens.shape[0], tokens.shape[1]) if isinstance(tokens, Tensor) and tokens.dim() >= 2 else None
 
         names, mix = state.adapter_names, state.mix or self.mix
+        repeats = state.generating or ids is not get("input_ids")  # its rows for beams; for choices
+        if names is not None and shape is not None and not repeats and len(names) != shape[0]:
+            raise ValueError(
+                f"adapter_names names adapters for {len(names)} rows, but the batch has {shape[0]}: name one for each."
+            )
         if is_paged(cache):
             check_everywhere(CONTINUOUS, self.names, self.layers)
             return Batch(Inputs(shape, device=tokens.device if isinstance(tokens, Tensor) else None), None, names, mix)
