@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from peft import LoraConfig
 from several import MASK, PROMPT, Letters, several
 
 from reftune.composition import compose, conflicts
@@ -154,6 +155,27 @@ def test_the_report_changes_nothing(pair):
     assert pair.training
     assert {m: len(m._forward_hooks) for m in pair.modules()} == hooks
     assert torch.equal(pair.eval()(input_ids=PROMPT, attention_mask=MASK).logits, before)
+
+
+@pytest.mark.parametrize("active", ["plain", "low", ["high", "low"]])
+def test_lora_parts_act_with_their_adapters_alone(active):
+    lora = {"lora": LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)}
+    model = several(plain={}, low=lora, high={**lora, "positions": "l1"})
+    wanted = {}
+    ids = {"input_ids": torch.tensor([Letters()("one two")["input_ids"]])}
+    for names in ([], ["low"], ["plain"], ["low", "plain"]):
+        model.set_adapter([name for name in names if name == "low"] or "plain")
+        with torch.no_grad(), compose(dict.fromkeys(names, 1.0)).on(model):
+            wanted[tuple(names)] = model(**ids).logits[0, -1].double()
+    effect, other = wanted["low",] - wanted[()], wanted["plain",] - wanted[()]
+    change = wanted["low", "plain"] - wanted["plain",] - effect
+    model.set_adapter(active)
+    before = model(**ids).logits
+    report = conflicts(model, ["low", "plain"], prompts=["one two"], tokenizer=Letters())
+    found = report.pairs[0].measured
+    assert found.a_changed == pytest.approx(float(change.norm() / effect.norm()), rel=1e-6)
+    assert found.b_changed == pytest.approx(float(change.norm() / other.norm()), rel=1e-6)
+    assert torch.equal(model(**ids).logits, before)
 
 
 def test_bad_input(pair):

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..tuner import ReftLayer, ReftModel
 from ..tuner.mix import How, Mix
 from ..tuner.probing import hidden_states
+from ..tuner.with_lora import only_lora_of
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ class Measurer:
             was_training = self.model.training
             self.model.eval()
             try:
-                with torch.no_grad(), self.tuner.session.mixing(Mix(dict.fromkeys(names, 1.0), self.how)):
+                mix = Mix(dict.fromkeys(names, 1.0), self.how)
+                with torch.no_grad(), self.tuner.session.mixing(mix), only_lora_of(self.tuner.model, names):
                     logits = self.model(**self.inputs).logits[:, -1].cpu().double()
             finally:
                 self.model.train(was_training)

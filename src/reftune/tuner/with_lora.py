@@ -208,6 +208,21 @@ def without_lora(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def only_lora_of(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """The LoRA parts of these adapters act, where they have one, whichever adapters are active."""
+    record = lora_of(model)
+    layers, names = record.layers() if record is not None else [], list(names)
+    before = [layer._active_adapter for layer in layers]
+    for layer in layers:
+        layer._active_adapter = names
+    try:
+        yield
+    finally:
+        for layer, active in zip(layers, before, strict=True):
+            layer._active_adapter = active
+
+
+@contextmanager
 def without_reft(model: nn.Module) -> Iterator[None]:
     """ReFT off, LoRA as it is."""
     session = model.__dict__[ATTRIBUTE]
