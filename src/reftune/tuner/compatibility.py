@@ -1,5 +1,6 @@
 """What PEFT does not check: that an adapter fits the base it is put on, and that what is loaded is all of it."""
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,6 +12,7 @@ from ..sites import Site
 from .layer import ReftLayer
 from .session import ATTRIBUTE
 
+OURS = re.compile(r"(^|\.)edit_(output|input)\.reft_")  # in the key of an intervention's tensor, before its group
 _SHAPE = ("model_type", "hidden_size", "num_hidden_layers")
 
 
@@ -102,7 +104,7 @@ def check_keys(model: nn.Module, adapter_name: str, state: dict[str, Tensor]) ->
         for attribute, intervention in _of(layer, adapter_name)
         for key, value in intervention.state_dict().items()
     }
-    found = {k.removeprefix("base_model.model."): v.shape for k, v in state.items() if ".reft_" in k}
+    found = {k.removeprefix("base_model.model."): v.shape for k, v in state.items() if OURS.search(k)}
     missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     shapes = [f"{k}: {tuple(found[k])} in the file, {tuple(expected[k])} here" for k in expected if k in found]
     shapes = [
@@ -133,14 +135,18 @@ def check_saved_modules(model: nn.Module, names: Iterable[str]) -> None:
             raise ValueError(f"modules_to_save names {name!r}, which no module of the model is called ({tops} ...).")
 
 
-def check_name(adapter_name: str, paths: Iterable[str]) -> None:
-    """Refuse an adapter called like a module on the way to its sites: PEFT tells keys apart by the adapter's name."""
-    taken = {"base_model", "model", "edit_output", "edit_input", *(part for path in paths for part in path.split("."))}
-    if adapter_name in taken:
-        raise ValueError(
-            f"An adapter cannot be called {adapter_name!r}, as a module of this model is: saving would mix them up. "
-            f"Choose a name other than {', '.join(sorted(part for part in taken if not part.isdigit()))}."
-        )
+def check_names(adapter_name: str, sites: Iterable[str], lora: Iterable[str], others: Iterable[str]) -> None:
+    """Refuse an adapter called like a module on the way to its sites: PEFT tells keys apart by the adapter's name. None
+    of the `others` either may be called like one on the way to a LoRA part."""
+    own = {"base_model", "model", "edit_output", "edit_input", *(part for path in sites for part in path.split("."))}
+    of_lora = {part for path in lora for part in path.split(".")}
+    for name in (adapter_name, *others):
+        taken = own | of_lora if name == adapter_name else of_lora
+        if name in taken:
+            raise ValueError(
+                f"An adapter cannot be called {name!r}, as a module of this model is: saving would mix them up. "
+                f"Choose a name other than {', '.join(sorted(part for part in taken if not part.isdigit()))}."
+            )
 
 
 def with_all_tensors(model: nn.Module, adapter_name: str, state: dict[str, Any]) -> dict[str, Any]:

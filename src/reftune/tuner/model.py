@@ -113,7 +113,7 @@ class ReftModel(BaseTuner):
                 compatibility.check_decoder(model, site, edit["positions"])
                 self._sites.setdefault(site.path, []).append((site, edit))
         config.target_modules = sorted(self._sites)
-        compatibility.check_name(adapter_name, config.target_modules)
+        compatibility.check_names(adapter_name, config.target_modules, with_lora.paths(model), self.peft_config)
         if with_lora.lora_of(model) is not None:
             with_lora.check_sites(model, self._sites)
         every = [site for at in self._sites.values() for site, _ in at]
@@ -359,10 +359,10 @@ class ReftModel(BaseTuner):
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         """The adapter's name stands after the group, also before the parts of an intervention."""
-        before, found, after = key.partition(".reft_")
+        found = compatibility.OURS.search(key)
         if not found:
             return super()._remove_adapter_name_from_key(key, adapter_name)
-        return f"{before}{found}{after.replace(f'.{adapter_name}.', '.', 1)}"
+        return key[: found.end()] + key[found.end() :].replace(f".{adapter_name}.", ".", 1)
 
     @classmethod
     def _get_learnable_bias_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ same base under the adapter's name. Their weights lie in the same file, under th
 config in `adapter_config.json`, so that a Trainer's checkpoints, resuming and the best model need nothing more.
 """
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -47,6 +48,17 @@ def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
 def lora_of(model: nn.Module) -> Lora | None:
     """What is known of the LoRA layers of this base model; None if it has none of ours."""
     return model.__dict__.get(RECORD)
+
+
+def paths(model: nn.Module) -> list[str]:
+    """Paths of the LoRA layers, with what they keep adapters in."""
+    record = lora_of(model)
+    layers = model.named_modules() if record is not None else ()
+    return [
+        ".".join((path, "base_layer", *layer.adapter_layer_names))
+        for path, layer in layers
+        if isinstance(layer, LoraLayer)
+    ]
 
 
 def read_config(lora: Any) -> LoraConfig:
@@ -286,7 +298,8 @@ def check_keys(model: nn.Module, adapter_name: str, state: dict[str, Tensor]) ->
         for key, value in module.state_dict().items()
         if not key.startswith("base_layer.") and f".{adapter_name}" in f".{key}"
     }
-    found = {k.removeprefix("base_model.model."): v.shape for k, v in state.items() if ".lora_" in k}
+    ours = re.compile(rf"\.lora_\w+\.{re.escape(adapter_name)}(\.|$)")  # an adapter may be called lora_something, too
+    found = {k.removeprefix("base_model.model."): v.shape for k, v in state.items() if ours.search(k)}
     wrong = sorted(set(expected) ^ set(found)) or sorted(k for k in expected if expected[k] != found[k])
     if wrong:
         raise ValueError(
