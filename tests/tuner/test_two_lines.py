@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from conftest import tiny_llama
 from reftune import LoreftIntervention, NodireftIntervention, ReftConfig, get_reft_model
@@ -133,3 +133,27 @@ def test_a_second_adapter_of_the_same_name_is_refused_and_the_first_one_stays(la
     assert torch.equal(model(IDS).logits, before)
     assert (model.peft_config["default"].layers, model.peft_config["default"].positions) == ([1], "f2")
     get_reft_model(model.unload(), ReftConfig(layers=layers, positions="l2"))
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
+@pytest.mark.parametrize(
+    "again",
+    [
+        lambda model, path: get_reft_model(model, ReftConfig()),
+        lambda model, path: get_peft_model(model, ReftConfig(layers=[2])),
+        lambda model, path: PeftModel.from_pretrained(model, path),
+    ],
+    ids=["get_reft_model", "get_peft_model", "from_pretrained"],
+)
+def test_a_model_with_an_adapter_taken_for_a_base_stays_as_it_was(again, tmp_path):
+    model = get_reft_model(tiny_llama(), ReftConfig(layers=[1], positions="f2", init_weights=False)).eval()
+    model.save_pretrained(tmp_path)
+    before = model(IDS).logits
+    with pytest.raises(TypeError, match=r"already, and PEFT keeps one method in each\. Add to it by add_adapter"):
+        again(model, tmp_path)
+    assert torch.equal(model(IDS).logits, before)
+    assert model.peft_config["default"].layers == [1]
+    lora = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(TypeError, match="For ReFT on a LoRA adapter"):
+        get_peft_model(lora, ReftConfig())
+    assert isinstance(lora.peft_config["default"], LoraConfig)

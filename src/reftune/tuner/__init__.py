@@ -2,9 +2,9 @@
 
 from . import registration, reloading
 from .config import ReftConfig as ReftConfig
+from .counting import TrainableParameters as TrainableParameters
 from .layer import ReftLayer as ReftLayer
 from .model import ReftModel as ReftModel
-from .model import TrainableParameters as TrainableParameters
 
 registration.register(ReftConfig, ReftModel)
 registration.accept_several()

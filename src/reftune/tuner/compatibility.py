@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -39,17 +40,22 @@ def check_same(saved: dict[str, Any], found: dict[str, Any], adapter_name: str) 
         )
 
 
-def check_new(model: nn.Module, adapter_name: str, configs: dict[str, Any]) -> None:
-    """Refuse an adapter under a name that the model has already, as a second `get_peft_model` on one base makes it: the
-    edits of both would be one adapter's. PEFT has put its config over the first one's, which is put back."""
+def check_new(model: nn.Module, adapter_name: str) -> None:
+    """Refuse what a cell of a notebook does that runs twice: a second adapter under a name that the base has already,
+    which would be one with the first, and a PeftModel for a base."""
+    if isinstance(model, PeftModel):
+        what, ours = type(model).__name__, ATTRIBUTE in model.get_base_model().__dict__
+        do = "For ReFT on a LoRA adapter: reftune.get_reft_model(lora_model, config)."
+        if ours:
+            do = "Add to it by add_adapter(name, config) or load_adapter(path, name); unload() gives the base back."
+        raise TypeError(f"The model is a {what} already, and PEFT keeps one method in each. {do}")
     session = model.__dict__.get(ATTRIBUTE)
-    if session is None or not any(adapter_name in layer.groups for layer in session.layers):
-        return
-    configs[adapter_name] = session.configs[adapter_name]
-    raise ValueError(
-        f"The base model has a ReFT adapter {adapter_name!r} already. Give the new one another name (adapter_name=...) "
-        "or take the old one away first: base = peft_model.unload(), or peft_model.delete_adapter(...)."
-    )
+    if session is not None and any(adapter_name in layer.groups for layer in session.layers):
+        raise ValueError(
+            f"The base model has a ReFT adapter {adapter_name!r} already. Give the new one another name "
+            "(adapter_name=...) or take the old one away first: base = peft_model.unload(), or "
+            "peft_model.delete_adapter(...)."
+        )
 
 
 def check_decoder(model: nn.Module, site: Site, positions: str) -> None:

@@ -3,7 +3,6 @@ the base model's module tree or parameter names changes."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from peft import PeftModel
@@ -20,6 +19,7 @@ from . import compatibility, with_lora
 from .baking import Baked, bake
 from .building import build, taken_at
 from .config import ReftConfig
+from .counting import TrainableParameters, trainable_parameters
 from .generate import bind, unbind
 from .hooks import CHILD, attach, detach, watch_checkpointing, watch_model, watch_training, watch_whole
 from .layer import ReftLayer, shared
@@ -30,26 +30,16 @@ from .session import ATTRIBUTE, Session
 from .truncation import truncate_state
 
 
-@dataclass(frozen=True)
-class TrainableParameters:
-    """How much is trained: numbers, and out of how many in the model."""
-
-    count: int
-    total: int
-
-    def __str__(self) -> str:
-        return (
-            f"{self.count:,} parameters, {self.count * 2 / 1000:,.1f} kB in bfloat16, "
-            f"{100 * self.count / max(self.total, 1):.4f}% of the model"
-        )
-
-
 class ReftModel(BaseTuner):
     """The base model with ReFT adapters; made by `get_peft_model`, `get_reft_model` or `PeftModel.from_pretrained`."""
 
     prefix: str = PREFIX
     tuner_layer_cls = ReftLayer
     target_module_mapping: dict[str, Any] = {}
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        compatibility.check_new(model, adapter_name)  # before PEFT puts its config in another one's place
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     @property
     def session(self) -> Session:
@@ -61,15 +51,13 @@ class ReftModel(BaseTuner):
 
     def trainable_parameters(self) -> TrainableParameters:
         """Prints as "32,772 parameters, 65.5 kB in bfloat16, 0.0005% of the model"."""
-        seen = {id(p): p for p in self.model.parameters()}.values()
-        return TrainableParameters(sum(_numel(p) for p in seen if p.requires_grad), sum(_numel(p) for p in seen))
+        return trainable_parameters(self.model)
 
     # -- injection -----------------------------------------------------------------------------------------------
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Resolve the sites, add the interventions, attach the hooks. On an error the model is as it was before."""
         kwargs.pop("state_dict", None)  # the config says where to edit
-        compatibility.check_new(model, adapter_name, self.peft_config)
         config: ReftConfig = self.peft_config[adapter_name]
         try:
             with_lora.add(model, adapter_name, config, self.active_adapters, self.peft_config)
@@ -82,7 +70,6 @@ class ReftModel(BaseTuner):
             self._forget(model, adapter_name)
             raise
         session = self.session
-        session.configs[adapter_name] = config
         if config.from_file:
             session.unloaded.add(adapter_name)
         layers = [layer for layer in session.layers if adapter_name in layer.groups]
@@ -391,10 +378,3 @@ class ReftModel(BaseTuner):
             raise
         unloaded.discard(adapter_name)
         return remapped
-
-
-def _numel(parameter: nn.Parameter) -> int:
-    count = parameter.numel() or getattr(parameter, "ds_numel", 0)
-    if type(parameter).__name__ == "Params4bit":  # two weights a byte
-        return int(count * 2 * getattr(parameter, "element_size", lambda: 1)())
-    return int(count)

@@ -56,7 +56,6 @@ class Session:
 
     def __init__(self, model: nn.Module) -> None:
         self.threads = _Threads()
-        self.configs: dict[str, Any] = {}  # adapter → its config
         self.unloaded: set[str] = set()  # adapters made from a file's config, whose weights are still to come
         self.positions: dict[str, tuple[str, ...]] = {}  # adapter → its expressions
         self.layers: list[Any] = []  # the ReftLayers of the model
@@ -114,8 +113,8 @@ class Session:
 
     def forget(self, adapter_name: str) -> None:
         """Keep nothing of an adapter whose interventions are gone."""
-        for table in (self.configs, self.positions, self.interventions):
-            table.pop(adapter_name, None)
+        self.positions.pop(adapter_name, None)
+        self.interventions.pop(adapter_name, None)
         self.unloaded.discard(adapter_name)
         self.active = [name for name in self.active if name != adapter_name]
         self.layers = [layer for layer in self.layers if layer.groups]

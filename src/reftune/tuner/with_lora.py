@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -85,11 +85,6 @@ def add(
 ) -> None:
     """Put the LoRA part of a new ReFT adapter into the base model, unless it is there (see `unwrap`). It acts if the
     adapter is among the active ones."""
-    if isinstance(model, PeftModel):
-        raise TypeError(
-            f"The model is a {type(model).__name__} already, and PEFT keeps one method in each. For ReFT on a LoRA "
-            "adapter: reftune.get_reft_model(lora_model, config)."
-        )
     if config.lora is None:
         return
     record = lora_of(model)
