@@ -115,6 +115,26 @@ def test_the_weights_carry_the_config_they_were_saved_with(tmp_path: Path) -> No
     assert torch.equal(logits(PeftModel.from_pretrained(tiny_llama(), tmp_path)), logits(model))
 
 
+@pytest.mark.parametrize("name", ["default", "other"])
+def test_pickled_weights_are_not_hidden_by_older_ones(name: str, tmp_path: Path) -> None:
+    place = tmp_path if name == "default" else tmp_path / name
+    for seed in (1, 2):
+        base = tiny_llama()
+        torch.manual_seed(seed)
+        model = get_reft_model(base, ReftConfig(init_weights=False, task_type="CAUSAL_LM"), name).eval()
+        model.save_pretrained(tmp_path, safe_serialization=seed == 1)
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_llama(), place)), logits(model))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_llama(), place)), logits(model))
+
+
+@pytest.mark.parametrize("layers", [range(1, 3), (1, 2)])
+def test_layers_need_not_be_a_list(layers: object, tmp_path: Path) -> None:
+    model = adapted(layers=layers)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_llama(), tmp_path)), logits(model))
+
+
 def test_several_adapters_are_saved_beside_each_other_as_peft_does(tmp_path: Path) -> None:
     model = adapted()
     model.add_adapter("other", ReftConfig(r=3, positions="l1", task_type="CAUSAL_LM"))

@@ -14,7 +14,7 @@ from peft import PeftModel
 
 from ..models import BUNDLED
 from ..tuner import ReftConfig, ReftLayer
-from ..tuner.atomic import WEIGHTS, commit_config, save_atomically
+from ..tuner.atomic import PICKLED, WEIGHTS, commit_config, save_atomically
 from .card import model_card
 
 MARK = "<!-- reftune -->"
@@ -38,14 +38,19 @@ def install() -> None:
         if os.path.isfile(save_directory):
             raise ValueError(f"Provided path ({save_directory}) should be a directory, not a file")
 
+        pickled: list[str] = []  # adapters saved with safe_serialization=False
+
         def write(directory: str) -> None:
             original(self, directory, *args, **kwargs)
+            pickled.extend(name for name in adapters if (_place(Path(directory), name) / PICKLED).is_file())
             (Path(directory) / "README.md").unlink(missing_ok=True)
             for name in adapters:
                 commit_config(_place(Path(directory), name))
                 _write_card(self, name, Path(directory), Path(save_directory))
 
         save_atomically(save_directory, write)
+        for name in pickled:  # PEFT reads safetensors first, so an older file would be loaded
+            (_place(Path(save_directory), name) / WEIGHTS).unlink(missing_ok=True)
         return None
 
     upload = PeftModel._upload_modified_files

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 WEIGHTS = "adapter_model.safetensors"
+PICKLED = "adapter_model.bin"
 CONFIG = "adapter_config.json"
 _KEY = "reftune_config"
 

@@ -103,6 +103,8 @@ class ReftConfig(PeftConfig):
             self.orthogonal_to = [self.orthogonal_to]
         if isinstance(self.modules_to_save, str):
             self.modules_to_save = [self.modules_to_save]
+        if isinstance(self.layers, (range, tuple)):  # JSON has neither
+            self.layers = list(self.layers)
         self._check_places()
         self.intervention_kwargs = self.intervention_kwargs or {}
         if isinstance(self.lora, PeftConfig):
