@@ -255,6 +255,18 @@ def test_torn_and_missing_files_are_said(saved, tmp_path):
     assert torch.equal(logits(base), before)
 
 
+@pytest.mark.parametrize("order", [["tone", "style"], ["style", "tone"]])
+def test_an_adapter_with_a_lora_part_may_have_the_strength_zero(order, tmp_path):
+    model = several(tone={}, style={"lora": LoraConfig(target_modules=["q_proj"], init_lora_weights=False)})
+    mix = compose({name: float(name == "tone") for name in order})
+    with mix.on(model):
+        wanted = logits(model)
+    save_composition(model, mix, tmp_path)
+    loaded = load_composition(tiny("llama"), tmp_path)
+    assert_close(logits(loaded), wanted)
+    assert current(loaded) == mix
+
+
 def test_a_broken_adapter_leaves_the_base_as_it_was(saved):
     weights = saved / "tone" / "adapter_model.safetensors"
     state = load_file(weights)
