@@ -205,6 +205,23 @@ def test_saved_equals_loaded(tmp_path: Path, settings: dict[str, Any]) -> None:
     torch.testing.assert_close(logits(loaded), logits(model))
 
 
+def test_adapters_with_lora_parts_are_added_beside_one_with_a_head() -> None:
+    model = get_reft_model(tiny_llama(layers=3), reft_config(modules_to_save=["lm_head"]), "head")
+    randomise(model)
+    with torch.no_grad():
+        model.get_base_model().lm_head.modules_to_save["head"].weight.mul_(2)
+    before, trains = logits(model), {n for n, p in model.named_parameters() if p.requires_grad}
+    for name in ("mixed", "also"):
+        model.add_adapter(name, reft_config(lora=lora_config(init_lora_weights=False)))
+        assert torch.equal(logits(model), before)
+        assert {n for n, p in model.named_parameters() if p.requires_grad} == trains
+    randomise(model)
+    model.set_adapter("mixed")
+    mixed = logits(model)
+    model.add_adapter("third", reft_config(lora=lora_config(init_lora_weights=False)))
+    assert torch.equal(logits(model), mixed)
+
+
 @pytest.mark.parametrize("name", ["lora_style", "reft_style"])
 def test_an_adapter_may_be_called_like_the_method(name: str, tmp_path: Path) -> None:
     model = get_reft_model(tiny_llama(layers=3), reft_config(lora=lora_config()), name)

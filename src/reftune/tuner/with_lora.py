@@ -99,6 +99,7 @@ def add(
             record = Lora(LoraModel(model, {adapter_name: lora_config}, adapter_name))
         else:
             record.tuner.peft_config[adapter_name] = lora_config
+            record.tuner.active_adapter = adapter_name  # with none PEFT fails on modules_to_save; put right below
             record.tuner.inject_adapter(model, adapter_name)
         record.tuner._cast_adapter_dtype(adapter_name, True)
     except Exception:
