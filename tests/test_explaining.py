@@ -4,7 +4,7 @@ import pytest
 import torch
 from tests.tiny_chat import tiny_model, tiny_tokenizer
 
-from reftune import ReftConfig, explain, get_reft_model
+from reftune import ReftConfig, compose, explain, get_reft_model
 from reftune.explaining import CONTINUES
 
 
@@ -33,6 +33,22 @@ def test_the_columns_shown_are_the_columns_edited(positions: str, text: str) -> 
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
     assert [column for column in range(ids.shape[1]) if found.at(column)] == really_edited(model, ids)
     assert "".join(found.tokens) == text
+
+
+def test_all_adapters_that_act_are_shown() -> None:
+    model, tokenizer = adapted(layers=[-1], positions="f1"), tiny_tokenizer()
+    model.add_adapter("other", ReftConfig(r=2, init_weights=False, layers=[-1], positions="l1"))
+    ids = tokenizer("hello", return_tensors="pt")["input_ids"]
+    for use, wanted in (
+        (lambda: model.set_adapter(["default", "other"]), [0, 4]),
+        (lambda: compose({"other": 1.0}).apply(model), [4]),
+        (lambda: compose({"default": 0.5, "other": 1.0}).apply(model), [0, 4]),
+    ):
+        use()
+        found = explain(model, tokenizer, "hello", chat_template=False)
+        assert [column for column in range(5) if found.at(column)] == really_edited(model, ids) == wanted
+    alone = explain(model, tokenizer, "hello", adapter_name="other", chat_template=False)
+    assert [column for column in range(5) if alone.at(column)] == [4]
 
 
 def test_it_reads_as_a_table_with_the_layers() -> None:

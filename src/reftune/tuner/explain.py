@@ -37,12 +37,12 @@ def explain_tokens(
         model: a PeftModel with a ReFT adapter.
         input_ids, attention_mask, labels, position_ids: (B, L), as the model would get them.
         prompt_columns: how many columns are the prompt, where the batch holds generated tokens too (as in `generate`).
-        adapter_name: the active adapter if None.
+        adapter_name: those that act if None, the active ones or the composition that is on.
     """
-    name = adapter_name or model.active_adapter
-    name = name[0] if isinstance(name, list) else name
-    if name not in model.peft_config:
-        raise ValueError(f"There is no adapter {name!r}; this model has {sorted(model.peft_config)}.")
+    names = [adapter_name] if adapter_name else model.base_model.session.names
+    for name in names:
+        if name not in model.peft_config:
+            raise ValueError(f"There is no adapter {name!r}; this model has {sorted(model.peft_config)}.")
     rows, columns = input_ids.shape
     inputs = Inputs((rows, columns), attention_mask, labels, None, position_ids, device=input_ids.device)
     places = inputs.layout(None if prompt_columns is None else Prompt(prompt_columns))
@@ -50,7 +50,7 @@ def explain_tokens(
     for path, layer in model.get_base_model().named_modules():
         if not isinstance(layer, ReftLayer):
             continue
-        for positions, group in layer.groups.get(name, ()):
+        for positions, group in (part for name in names for part in layer.groups.get(name, ())):
             if labels is not None:
                 check_prompts(places, parse(positions))
             tokens = select_group(parse(group), places, parse(positions))
