@@ -157,3 +157,18 @@ def test_a_model_with_an_adapter_taken_for_a_base_stays_as_it_was(again, tmp_pat
     with pytest.raises(TypeError, match="For ReFT on a LoRA adapter"):
         get_peft_model(lora, ReftConfig())
     assert isinstance(lora.peft_config["default"], LoraConfig)
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time:UserWarning")
+@pytest.mark.parametrize("config", [{"positions": "l2"}, {"layers": [0]}, {"positions": "f1"}])
+def test_a_second_time_on_one_base_is_refused_and_leaves_the_first(config):
+    base, ids = tiny_llama(), torch.tensor([[5, 6, 7, 8, 9]])
+    plain = base(input_ids=ids).logits
+    first = get_reft_model(base, ReftConfig(r=2, layers=[1], positions="l2", init_weights=False)).eval()
+    told, edited = first.peft_config["default"], first(input_ids=ids).logits
+    with pytest.raises(ValueError, match=r"has a ReFT adapter 'default' already.*unload"):
+        get_reft_model(base, ReftConfig(r=2, **config))
+    assert first.peft_config["default"] is told
+    assert torch.equal(first(input_ids=ids).logits, edited)
+    again = get_reft_model(first.unload(), ReftConfig(r=2, **config)).eval()
+    assert torch.equal(again(input_ids=ids).logits, plain)
