@@ -1,6 +1,7 @@
 """Models with a table of positions: what is longer is cut, and told; it was an IndexError after training."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from tests.tiny_chat import tiny_tokenizer
 from transformers import AutoConfig, AutoModel, GPT2Config, GPT2LMHeadModel
 
 from reftune.bench import load_grid, run_grid
+from reftune.bench.causal import _shortened
 from reftune.bench.report import report
 from reftune.bench.room import positions, shortened
 from reftune.bench.store import read_rows
@@ -86,3 +88,24 @@ def test_a_classifier_reads_what_it_can(places: dict[str, str], tmp_path: Path) 
     content = {"suite": "glue", "tasks": ["rte"], "model": str(tmp_path / "bert"), "seeds": [0], "train": TRAIN}
     grid = load_grid(content | {"methods": [{"method": "loreft", "lrs": [1e-2]}]})
     assert run_grid(grid, tmp_path / "out", data=str(tmp_path / "data"), say=silent).failed == {}
+
+
+def test_answers_without_room_are_refused_before_training(
+    places: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=260, n_positions=64, eos_token_id=2, pad_token_id=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    tiny_tokenizer(chat=False).save_pretrained(tmp_path / "gpt2")
+    content = {"suite": "arithmetic", "tasks": ["addsub"], "model": str(tmp_path / "gpt2"), "seeds": [0]}
+    content |= {"methods": [{"method": "loreft", "lrs": [1e-2]}], "scoring": {"max_new_tokens": 64}, "train": TRAIN}
+    monkeypatch.setattr("reftune.bench.causal.train_method", lambda *_: pytest.fail("trained"))
+    (said,) = run_grid(load_grid(content), tmp_path / "out", data=places["data"], say=silent).failed.values()
+    assert "leave no room for a prompt: the model has positions for 64. Lower scoring.max_new_tokens" in said
+
+
+def test_the_largest_number_of_cut_prompts_is_told() -> None:
+    setup: Any = SimpleNamespace(room=8, lengths={})
+    rows = [[1] * 7, [1] * 4, [1]]
+    for answer in (5, 2, 0):  # generation, likelihoods, nothing
+        _shortened(setup, "arc_easy", rows, answer)
+    assert setup.lengths == {"arc_easy": {"prompts_cut": 2}}

@@ -34,6 +34,8 @@ def run(setup: Setup) -> Result:
     loaded = time.perf_counter()
     setup.fit_in(positions(model))
     words = Words(tokenizer, job.settings["template"])
+    if any(_generates(name, words, setup) for name in job.tasks):  # said before training, not after it
+        shortened([], setup.room, setup.scoring.max_new_tokens)
     rows = _training_rows(setup, words)
     collator = ReftDataCollator(tokenizer)
     model, counts, fitted = train_method(setup, model, rows, collator, [])
@@ -149,8 +151,8 @@ def evaluate(
         scores["loss"] = mean_loss(model, words, examples, collator, setup)
     if examples[0].rejected is not None:
         scores |= preference(model, words, examples, collator, setup)
-    judge = make_judge(how.judge) if WIN_RATE in found.metrics else None
-    if (found.kind != "free" and how.generate and not words.cloze) or judge is not None:
+    if _generates(name, words, setup):
+        judge = make_judge(how.judge) if WIN_RATE in found.metrics else None
         answers = scoring.generate(
             model,
             words.tokenizer,
@@ -168,8 +170,19 @@ def evaluate(
     return scores
 
 
+def _generates(name: str, words: Words, setup: Setup) -> bool:
+    found, how = task(name), setup.scoring
+    if isinstance(found, PairTask) or words.cloze:
+        return False
+    return how.generate if found.kind != "free" else how.judge is not None and WIN_RATE in found.metrics
+
+
 def _shortened(setup: Setup, name: str, prompts: list[list[int]], answer: int) -> list[list[int]]:
-    prompts, setup.lengths.setdefault(name, {})["prompts_cut"] = shortened(prompts, setup.room, answer)
+    prompts, cut = shortened(prompts, setup.room, answer)
+    seen = setup.lengths.setdefault(name, {})
+    seen["prompts_cut"] = max(
+        cut, seen.get("prompts_cut", 0)
+    )  # likelihoods and generation leave room for other answers
     return prompts
 
 
