@@ -1,13 +1,12 @@
 """What an earlier run made is not replaced without a word, and a run goes on only as the run that it was."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.tiny_chat import save_tiny
+from tests.train.conftest import write_sums
 
 from reftune.cli.demo import demo
 from reftune.train import RecipeError, load_recipe, train
@@ -15,24 +14,8 @@ from reftune.train.resuming import last_whole_checkpoint
 
 
 @pytest.fixture
-def keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
-    _write(tmp_path / "data.jsonl", 2)
-    return {
-        "model.name": str(save_tiny(tmp_path / "base")),
-        "data.train": str(tmp_path / "data.jsonl"),
-        "output_dir": str(tmp_path / "out"),
-        "r": 2,
-        "positions": "l2",
-        "batch_size": 2,
-        "max_steps": 4,
-        "lr": 1e-2,
-    }
-
-
-def _write(path: Path, factor: int) -> None:
-    rows = [{"prompt": f"{i}+{i}", "completion": str(factor * i)} for i in range(6)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+def keys(base_keys: dict[str, Any]) -> dict[str, Any]:
+    return base_keys | {"max_steps": 4}
 
 
 def _weights(directory: Path) -> dict[str, torch.Tensor]:
@@ -120,10 +103,10 @@ def test_rows_that_changed_in_their_file_are_noticed(keys: dict[str, Any], tmp_p
     _quietly(keys | {"max_steps": 2})
     checkpoint = last_whole_checkpoint(tmp_path / "out")
     assert checkpoint is not None
-    _write(tmp_path / "data.jsonl", 3)
+    write_sums(tmp_path / "data.jsonl", 3)
     with pytest.raises(RecipeError, match=r"training data are not those of the run behind .*checkpoint-2: the file"):
         _quietly(keys | {"resume": True})
-    _write(tmp_path / "data.jsonl", 2)
+    write_sums(tmp_path / "data.jsonl", 2)
     (checkpoint / "recipe.yaml").unlink()  # killed before it was written
     _quietly(keys | {"resume": True})
 

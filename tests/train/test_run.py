@@ -1,6 +1,5 @@
 """`train`: an adapter from a recipe, resumed exactly, with what was done written beside it."""
 
-import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.tiny_chat import save_tiny
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 import reftune
@@ -20,20 +18,8 @@ from reftune.train.starting import StartByRows
 
 
 @pytest.fixture
-def keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
-    rows = [{"prompt": f"{i}+{i}", "completion": str(2 * i)} for i in range(6)]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return {
-        "model.name": str(save_tiny(tmp_path / "base")),
-        "data.train": str(tmp_path / "data.jsonl"),
-        "output_dir": str(tmp_path / "out"),
-        "r": 2,
-        "positions": "l2",
-        "batch_size": 2,
-        "epochs": 2.0,
-        "lr": 1e-2,
-    }
+def keys(base_keys: dict[str, Any]) -> dict[str, Any]:
+    return base_keys | {"epochs": 2.0}
 
 
 def _weights(directory: Path) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ config in `adapter_config.json`, so that a Trainer's checkpoints, resuming and t
 
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -200,34 +200,29 @@ def train_parts(model: nn.Module, parts: str, names: Iterable[str], configs: dic
     activate(model, record.tuner.active_adapters if record else (), configs)
 
 
-@contextmanager
-def without_lora(model: nn.Module) -> Iterator[None]:
+def without_lora(model: nn.Module) -> AbstractContextManager[None]:
     """LoRA off, ReFT as it is."""
+    return _set(model, "_disable_adapters", True)
+
+
+def only_lora_of(model: nn.Module, names: Iterable[str]) -> AbstractContextManager[None]:
+    """The LoRA parts of these adapters act, where they have one, whichever adapters are active."""
+    return _set(model, "_active_adapter", list(names))
+
+
+@contextmanager
+def _set(model: nn.Module, attribute: str, value: Any) -> Iterator[None]:
+    """An attribute of every LoRA layer, for a while."""
     record = lora_of(model)
     layers = record.layers() if record is not None else []
-    before = [layer._disable_adapters for layer in layers]
+    before = [getattr(layer, attribute) for layer in layers]
     for layer in layers:
-        layer._disable_adapters = True
+        setattr(layer, attribute, value)
     try:
         yield
     finally:
-        for layer, disabled in zip(layers, before, strict=True):
-            layer._disable_adapters = disabled
-
-
-@contextmanager
-def only_lora_of(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
-    """The LoRA parts of these adapters act, where they have one, whichever adapters are active."""
-    record = lora_of(model)
-    layers, names = record.layers() if record is not None else [], list(names)
-    before = [layer._active_adapter for layer in layers]
-    for layer in layers:
-        layer._active_adapter = names
-    try:
-        yield
-    finally:
-        for layer, active in zip(layers, before, strict=True):
-            layer._active_adapter = active
+        for layer, old in zip(layers, before, strict=True):
+            setattr(layer, attribute, old)
 
 
 @contextmanager
