@@ -1,6 +1,7 @@
 """Wider sweeps: final runs are kept where the best rate stays the best, and no report mixes those of two sweeps."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,28 +45,44 @@ def test_the_same_run_is_of_the_same_rate_seed_and_settings() -> None:
     assert same_run(spec, 1e-2, [kept]) is None
 
 
-def test_a_grid_widened_in_place_trains_what_is_new_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data, encoder = str(tiny_data(tmp_path / "data")), str(tiny_encoder(tmp_path / "encoder"))
-    trained: list[tuple[str, int, float]] = []
+Trained = list[tuple[str, int, float]]
+Run = Callable[..., list[dict[str, Any]]]
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> Trained:
+    """Stage, seed and rate of what is trained from here on; the best rate by loss is 0.01."""
+    jobs: Trained = []
     run_job = runner.run_job
 
     def counted(job: Any, *, lr: float | None, **more: Any) -> dict[str, Any]:
         assert lr is not None
-        trained.append((job.stage, job.seed, lr))
+        jobs.append((job.stage, job.seed, lr))
         made = run_job(job, lr=lr, **more)
-        made["selection"]["loss"] = abs(math.log10(lr / 1e-2))  # so that 0.01 is the best there is
+        made["selection"]["loss"] = abs(math.log10(lr / 1e-2))
         return made
 
     monkeypatch.setattr(runner, "run_job", counted)
+    return jobs
 
-    def run(*lrs: float) -> list[dict[str, Any]]:
+
+@pytest.fixture
+def run(tmp_path: Path, trained: Trained) -> Run:
+    """Runs a grid of these rates, always in the same place, and returns all rows."""
+    data, encoder = str(tiny_data(tmp_path / "data")), str(tiny_encoder(tmp_path / "encoder"))
+
+    def run(*lrs: float, **sweep: Any) -> list[dict[str, Any]]:
         trained.clear()
         methods = [{"method": "loreft", "lrs": list(lrs)}]
         content = {"suite": "glue", "tasks": ["rte"], "model": encoder, "methods": methods, "seeds": [0, 1]}
-        grid = load_grid(content | {"train": {"steps": 3, "batch_size": 4}})
+        grid = load_grid(content | {"train": {"steps": 3, "batch_size": 4}, "sweep": sweep})
         assert run_grid(grid, tmp_path / "out", data=data, say=lambda _: None).left == 0
         return read_rows(tmp_path / "out")
 
+    return run
+
+
+def test_a_grid_widened_in_place_trains_what_is_new_alone(run: Run, trained: Trained) -> None:
     before = summarise(run(1e-4, 1e-3))[0]
     assert before.rates == {"rte": 1e-3}
     assert len(trained) == 2 + 2
@@ -81,3 +98,17 @@ def test_a_grid_widened_in_place_trains_what_is_new_alone(tmp_path: Path, monkey
     assert summarise(rows)[0].rates == {"rte": 1e-2}
     assert "| loreft | 0.01 |" in report(rows)
     assert len([found for found in rows if found["stage"] == "final"]) == 6  # nothing is lost
+
+
+def test_a_rate_that_was_run_alone_is_not_run_again_in_a_sweep(run: Run, trained: Trained) -> None:
+    alone = run(1e-2)
+    assert trained == [("final", 0, 1e-2), ("final", 1, 1e-2)]
+    rows = run(1e-3, 1e-2, by="score")
+    assert [job for job in trained if job[2] == 1e-2] == []
+    held = next(found for found in rows if found["stage"] == "sweep" and found["lr"] == 1e-2)
+    before = next(found for found in alone if found["seed"] == 0)
+    assert (held["selection"], held["trained_by"], held["metrics"]) == (before["selection"], before["id"], {})
+    assert before["metrics"] != {}
+    assert [len(found["sweep"]) for found in rows if "sweep" in found] == [2, 2]
+    run(1e-4, 1e-2, by="score", steps=2)  # of fewer steps than a final run's
+    assert ("sweep", 0, 1e-2) in trained

@@ -139,10 +139,13 @@ def best_lr(job: Job, plan: list[Job], store: Store) -> tuple[float | None, list
 
 
 def _run(job: Job, plan: list[Job], store: Store, folder: Path | None, kept: MemoryStore | None) -> dict[str, Any]:
-    lr, sweep = (job.lr, []) if job.stage == "sweep" else best_lr(job, plan, store)
-    held = same_run(job.spec(), lr, store.rows()) if sweep else None  # of a sweep of fewer rates with the same best
-    if held is not None:
-        row = held | {"id": job.id, "spec": job.spec()}
+    lr, sweep = best_lr(job, plan, store)
+    held = same_run(job.spec(), lr, store.rows()) if job.stage == "final" or _whole(job) else None
+    if held is not None:  # of another sweep, or of that rate alone
+        row = {key: value for key, value in held.items() if key not in ("sweep", "lr_at_end")}
+        row |= {"id": job.id, "spec": job.spec(), "stage": job.stage}
+        if job.stage == "sweep":
+            row |= {"metrics": {}, "trained_by": held["id"]}
     else:
         same = [j for j in _sweeps(job, plan) if (j.seed, j.lr) == (job.seed, lr)] if sweep else []
         taken = next((j for j in same if is_kept(_work(store, j))), None)
@@ -162,7 +165,7 @@ def _keeps(job: Job, plan: list[Job]) -> bool:
 
     AdaLoRA's pruned ranks are of another shape than those that it starts with.
     """
-    if job.stage == "final" or job.settings["sweep"]["steps"] is not None or job.method.method in ("full", "adalora"):
+    if job.stage == "final" or not _whole(job) or job.method.method in ("full", "adalora"):
         return False
     return any(j.stage == "final" and j.seed == job.seed and _like(j) == _like(job) for j in plan)
 
@@ -174,6 +177,11 @@ def _clear(job: Job, plan: list[Job], store: Store) -> None:
     sweeps = _sweeps(job, plan) if job.stage == "final" else []
     for over in (job, *(j for j in sweeps if j.seed == job.seed)):
         shutil.rmtree(_work(store, over), ignore_errors=True)
+
+
+def _whole(job: Job) -> bool:
+    """Whether the runs of the job's sweep take all steps, as final ones do."""
+    return job.settings["sweep"]["steps"] is None
 
 
 def _work(store: Store, job: Job) -> Path:

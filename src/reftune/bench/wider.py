@@ -1,4 +1,4 @@
-"""A sweep that has been given more rates: which final runs of the narrower one still hold, which are out of date.
+"""A sweep that has been given more rates: which runs of the narrower one still hold, which are out of date.
 
 rows = current(read_rows("runs/glue"))       # what a report averages
 """
@@ -9,8 +9,8 @@ from typing import Any
 
 
 def same_run(spec: Mapping[str, Any], lr: float | None, rows: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
-    """The final run among rows that trained what a final run of `spec` at the rate `lr` would train, whatever the other
-    rates of its sweep were."""
+    """The final run among rows that trained what a run of `spec` at the rate `lr` would train, whatever the other rates
+    of its sweep were and whatever chose among them."""
     wanted = _apart_from_rates(spec)
     finals = (row for row in rows if row["stage"] == "final" and row["lr"] == lr)
     return next((row for row in finals if _apart_from_rates(row["spec"]) == wanted), None)
@@ -39,4 +39,4 @@ def _of_any_seed(row: Mapping[str, Any]) -> str:
 
 def _apart_from_rates(spec: Mapping[str, Any]) -> str:
     method = {key: value for key, value in spec.get("method", {}).items() if key != "lrs"}
-    return json.dumps({**spec, "method": method, "lr": None}, sort_keys=True)
+    return json.dumps({**spec, "method": method, "lr": None, "stage": None, "sweep": None}, sort_keys=True)
