@@ -154,6 +154,7 @@ class Session:
         if state.batch is not None and not state.idle:
             state.batch.choice = Choice() if subspaces is None else self._choice(subspaces, state.batch)
         if editing and torch.is_grad_enabled() and module.training:
+            self.unloaded.difference_update(self.names)  # trained, they are no longer those of a file
             self._retract()
         return kwargs
 
