@@ -14,6 +14,7 @@ from families import CAUSAL, tiny
 from reftune import ReftConfig, get_reft_model
 from reftune.composition import compose
 from reftune.tuner.layer import ReftLayer
+from reftune.tuner.probing import Probe
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*reference PyTorch implementation.*", "ignore:.*YaRN.*")
 
@@ -299,6 +300,30 @@ def test_nan_is_refused_when_asked_for():
         with pytest.raises(ValueError, match="NaN or infinite" if safe else "differs from the adapter's"):
             model.merge_and_unload(safe_merge=safe)
         assert torch.equal(model.get_base_model().model.layers[1].mlp.down_proj.weight, before)
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("out of memory")])
+def test_a_merge_that_fails_at_its_end_leaves_no_biases(error, monkeypatch):
+    model = several("llama", a={"positions": "all", "component": "mlp_output"})
+    base, wanted = model.get_base_model(), logits(model)
+    state, config = {name: p.clone() for name, p in base.state_dict().items()}, base.config.to_dict()
+    run = Probe.run
+
+    def at_its_end(self):
+        if base.model.layers[1].mlp.down_proj.bias is None:
+            return run(self)
+        if error:
+            raise error
+        return run(self) + 1
+
+    monkeypatch.setattr(Probe, "run", at_its_end)
+    with pytest.raises(RuntimeError if error else ValueError, match="out of memory" if error else "differs from"):
+        model.merge_and_unload()
+    after = base.state_dict()
+    assert after.keys() == state.keys()
+    assert all(torch.equal(after[name], state[name]) for name in state)
+    assert base.config.to_dict() == config
+    assert torch.equal(logits(model), wanted)
 
 
 def test_shared_weights_are_refused():

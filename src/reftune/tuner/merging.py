@@ -102,23 +102,27 @@ def merge(tuner: "ReftModel", adapter_names: list[str] | None = None, safe_merge
     flags = _flags_for_biases(model, merged)
     with tuner.session.mixing(Mix(strengths, how)):
         wanted = probe.run() if merged and probe.possible else None
-    add_biases(model, flags)
+    without_biases = add_biases(model, flags)
     for new in merged.values():
         new.swap()
-    if wanted is not None:
-        _check_same(probe, wanted, list(merged.values()))
+    try:
+        if wanted is not None:
+            _check_same(probe, wanted)
+    except BaseException:
+        for new in merged.values():
+            new.swap()
+        without_biases()
+        raise
     _unwrap(model)
 
 
-def _check_same(probe: Probe, wanted: Tensor, merged: list[Merged]) -> None:
-    """The last check: the model without its adapters computes what it computed with them. Else all is put back."""
+def _check_same(probe: Probe, wanted: Tensor) -> None:
+    """The last check: the model without its adapters computes what it computed with them."""
     with probe.session_off():
         found = probe.run()
     off = float((found.float() - wanted.float()).abs().max() / wanted.float().abs().max())
     if off <= (1e-3 if wanted.dtype in (torch.float32, torch.float64) else 0.2):  # halves round the new weights
         return
-    for new in merged:
-        new.swap()
     raise ValueError(
         f"{CANNOT}on a random input the merged model differs from the adapter's by {off:.1e} of the largest output, so "
         f"that the layer found is not the one that the edit belongs to. The weights are as they were.{KEEP}"

@@ -158,23 +158,34 @@ def bias_flags(model: nn.Module, layers: list[str]) -> list[str] | None:
     return None if missing else flags
 
 
-def add_biases(model: nn.Module, flags: list[str]) -> None:
-    """Set the flags and give every layer that they concern a bias of zeros."""
+def add_biases(model: nn.Module, flags: list[str]) -> Callable[[], None]:
+    """Set the flags and give every layer that they concern a bias of zeros; returns what takes both away again."""
+    modules = []
     for path, shape in _gained(model, flags).items():
         module = model.get_submodule(path.removesuffix(".bias"))
+        modules.append(module)
         weight: Any = module.weight
         bias = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         module.register_parameter("bias", nn.Parameter(bias, requires_grad=weight.requires_grad))
-    config: Any = model.config
+    _set_flags(model.config, flags, True)
+
+    def undo() -> None:
+        for module in modules:
+            module.register_parameter("bias", None)
+        _set_flags(model.config, flags, False)
+
+    return undo
+
+
+def _set_flags(config: Any, flags: list[str], value: bool) -> None:
     for name in flags:
-        setattr(config.get_text_config(), name, True)
+        setattr(config.get_text_config(), name, value)
 
 
 def _gained(model: nn.Module, flags: list[str]) -> dict[str, torch.Size]:
     """The biases that the model would have besides its own with these flags set; {} if anything else changed too."""
     config: Any = copy.deepcopy(model.config)
-    for name in flags:
-        setattr(config.get_text_config(), name, True)
+    _set_flags(config, flags, True)
     try:
         with torch.device("meta"):
             twin = type(model)(config)
