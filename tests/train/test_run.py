@@ -15,6 +15,7 @@ from reftune.models import load_adapted
 from reftune.train import RecipeError, load_recipe, train
 from reftune.train.run import last_line, size_words
 from reftune.train.starting import StartByRows
+from reftune.train.trainer import ReftTrainer
 
 
 @pytest.fixture
@@ -146,6 +147,16 @@ def test_what_a_killed_process_left_half_written_is_passed_over(keys: dict[str, 
     assert "Its 5 steps are done: nothing is left to train." in said
     assert 0 < result.loss < 20
     assert all(torch.equal(tensor, whole[name]) for name, tensor in _weights(tmp_path / "out").items())
+
+
+def test_an_adapter_is_never_without_its_recipe(keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(self: Any, output_dir: str, *args: Any, **more: Any) -> None:
+        assert load_recipe(Path(output_dir) / "recipe.yaml").data.template == "plain"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ReftTrainer, "save_model", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(load_recipe(None, keys | {"template": "plain"}))
 
 
 def test_a_new_run_does_not_mix_with_an_older_ones_checkpoints(keys: dict[str, Any]) -> None:

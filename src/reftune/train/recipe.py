@@ -37,7 +37,7 @@ class DataSection:
     split: str = _key("train", "Split of a hub data set.")
     eval_split: str = _key("validation", "Split of a hub data set for the evaluation.")
     columns: dict[str, str] | None = _key(None, "Rename columns, e.g. {prompt: question, completion: answer}.")
-    limit: int | None = _key(None, "Use the first so many examples; null: all.")
+    limit: int | None = _key(None, "Use the first so many examples, of the evaluation too; null: all.")
     max_length: int = _key(512, "Tokens of prompt and response together.")
     template: Literal["auto", "chat", "plain"] = _key("auto", "chat, plain, or auto: chat where the tokenizer has one.")
     system: str | None = _key(None, "System message put before every chat that has none.")

@@ -113,8 +113,8 @@ def train(
         else:
             loss = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).training_loss
         _check_finite(model)
+        save_recipe(kept(recipe), output_dir / "recipe.yaml")  # first: an adapter without it lacks its template
         trainer.save_model(str(output_dir))
-    save_recipe(kept(recipe), output_dir / "recipe.yaml")
     size = sum(path.stat().st_size for path in output_dir.glob("adapter_model.*"))
     model.eval()
     return TrainResult(output_dir, size, loss, model, tokenizer, template)
