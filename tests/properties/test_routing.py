@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from transformers import ViTConfig, ViTForImageClassification
 
 from conftest import tiny_llama
 from families import CAUSAL, RECURRENT, tiny
@@ -80,6 +81,24 @@ def test_as_many_names_as_rows(count: int) -> None:
     model = with_adapters(tiny_llama(), [ReftConfig(), ReftConfig(positions="all")])
     with pytest.raises(ValueError, match=f"for {count} rows, but the batch has 4"):
         model(torch.randint(3, 90, (4, 7)), adapter_names=["a0", "a1", "__base__", *["a0"] * 5][:count])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+@torch.no_grad()
+def test_as_many_names_as_images(count: int) -> None:
+    config = ViTConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=16, patch_size=8
+    )
+    model = with_adapters(ViTForImageClassification(config), [ReftConfig(positions="all"), ReftConfig(positions="all")])
+    pixels, names = torch.randn(4, 3, 16, 16), ["a1", "a0", "__base__", "a0"][:count]
+    if count < 4:
+        with pytest.raises(ValueError, match=f"for {count} rows, but the batch has 4"):
+            model(pixel_values=pixels, adapter_names=names)
+        return
+    together = model(pixel_values=pixels, adapter_names=names).logits
+    for name, row, image in zip(names, together, pixels, strict=True):
+        single = alone(model, name, lambda image=image: model(pixel_values=image[None]).logits[0])
+        torch.testing.assert_close(row, single, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(4))

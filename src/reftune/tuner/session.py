@@ -198,10 +198,13 @@ class Session:
 
         names, mix = state.adapter_names, state.mix or self.mix
         repeats = state.generating or ids is not get("input_ids")  # its rows for beams; for choices
-        if names is not None and shape is not None and not repeats and len(names) != shape[0]:
-            raise ValueError(
-                f"adapter_names names adapters for {len(names)} rows, but the batch has {shape[0]}: name one for each."
-            )
+        if names is not None and not repeats:
+            given = tokens if shape else get(getattr(module, "main_input_name", ""))  # else images or audio
+            if isinstance(given, Tensor) and len(names) != len(given):
+                raise ValueError(
+                    f"adapter_names names adapters for {len(names)} rows, but the batch has {len(given)}: name one for "
+                    "each."
+                )
         if is_paged(cache):
             check_everywhere(CONTINUOUS, self.names, self.layers)
             return Batch(Inputs(shape, device=tokens.device if isinstance(tokens, Tensor) else None), None, names, mix)
