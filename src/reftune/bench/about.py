@@ -23,21 +23,26 @@ def about(rows: Sequence[dict[str, Any]]) -> str:
     return (
         f"Model {spec['model']}, suite {spec['suite']}, seeds {', '.join(map(str, seeds))}. "
         f"Every method: {' or '.join(budgets) or 'no training'}, the same rows in the same order; learning rate "
-        f"{rates}. Rows (train/select/test): {sizes}.{_lengths(trained)}{_precision(trained)} "
+        f"{rates}. Rows (train/select/test): {sizes}.{_lengths([*finals, *trained])}{_precision(trained)} "
         f"Versions: {kept}.{_accelerators(finals)}"
     )
 
 
-def _lengths(finals: Sequence[dict[str, Any]]) -> str:
+def _lengths(rows: Sequence[dict[str, Any]]) -> str:
     """How many training rows `train.max_length` left out or cut, and prompts cut that are scored; "" if none."""
-    counts = {name: seen for row in finals if row["steps"] for name, seen in row["rows"].items()}
-    short = ", ".join(f"{n} {c['prompts_cut']}" for n, c in counts.items() if c.get("prompts_cut"))
-    out = ", ".join(f"{n} {c['left_out']}" for n, c in counts.items() if c.get("left_out"))
-    cut = ", ".join(f"{n} {c['cut']}" for n, c in counts.items() if c.get("cut"))
+
+    def most(key: str) -> str:
+        counts: dict[str, int] = {}
+        for row in rows:
+            for name, seen in row["rows"].items():
+                counts[name] = max(counts.get(name, 0), seen.get(key, 0))
+        return ", ".join(f"{name} {count}" for name, count in counts.items() if count)
+
+    short, out, cut = most("prompts_cut"), most("left_out"), most("cut")
     said = [f"left out for a prompt that is too long: {out}"] if out else []
     said += [f"answers cut: {cut}"] if cut else []
-    rows = f" Of the training rows, {'; '.join(said)}." if said else ""
-    return rows + (f" Prompts too long for the model, scored without their beginning: {short}." if short else "")
+    of_rows = f" Of the training rows, {'; '.join(said)}." if said else ""
+    return of_rows + (f" Prompts too long for the model, scored without their beginning: {short}." if short else "")
 
 
 def _precision(finals: Sequence[dict[str, Any]]) -> str:
