@@ -59,6 +59,8 @@ def test_hellaswags_marks_are_read_in_the_papers_wording_alone() -> None:
     assert "Ending1: [substeps] Open it. Ending2:" in paper.prompt
     assert cloze.prompt == "Health: How to sleep. Cool the room. Most people sleep better."
     assert cloze.choices == (" Open it.", " Go on.")
+    (hub,) = Words(tokenizer, "cloze").items("hellaswag", [row | {"cloze": "Health: Sleep. [step] Most do."}])
+    assert hub.prompt == "Health: Sleep. Most do."
 
 
 def test_a_cloze_that_begins_with_its_blank_follows_a_special_token() -> None:

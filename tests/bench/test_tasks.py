@@ -228,8 +228,8 @@ HUB_ROWS: list[tuple[str, dict[str, Any], dict[str, Any] | None]] = [
     ),
     (
         "hellaswag",
-        {"activity_label": "A", "ctx": "c", "endings": ["x", "y"], "label": "1"},
-        {"context": "", "question": "A: c", "choices": ["x", "y"], "answer": 1},
+        {"activity_label": "A", "ctx": "C. d", "ctx_a": "C.", "ctx_b": "d", "endings": ["x", "y"], "label": "1"},
+        {"context": "", "question": "A: C. d", "choices": ["x", "y"], "answer": 1, "cloze": "A: C. D"},
     ),
     ("hellaswag", {"activity_label": "A", "ctx": "c", "endings": ["x", "y"], "label": ""}, None),
     (

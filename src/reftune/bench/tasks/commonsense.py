@@ -60,8 +60,10 @@ def _boolq_cloze(row: Row) -> Item:
 
 
 def _hellaswag_cloze(row: Row) -> Item:
-    """WikiHow's marks ([header], [title], [step]) are read in the paper's wording, and not in the harness's."""
-    return _go_on(_unmarked(row["question"]), row, [_unmarked(text) for text in row["choices"]])
+    """WikiHow's marks ([header], [title], [step]) are read in the paper's wording, and not in the harness's; where the
+    row tells its own wording ("cloze"; rows of the hub do) it is taken."""
+    asked = row.get("cloze") or row["question"]
+    return _go_on(_unmarked(asked), row, [_unmarked(text) for text in row["choices"]])
 
 
 def _unmarked(text: str) -> str:
@@ -89,6 +91,12 @@ def _options(row: Row, question: str, choices: list[str], answer: Any, context: 
     if answer in ("", None, -1):  # a hidden label
         return None
     return {"context": context, "question": question, "choices": choices, "answer": int(answer)}
+
+
+def _hellaswag(r: Row) -> dict[str, Any] | None:
+    """`ctx` is the paper's, with its second half as it was cut; the harness has a capital there."""
+    row = _options(r, f"{r['activity_label']}: {r['ctx']}", list(r["endings"]), r["label"])
+    return row and row | {"cloze": f"{r['activity_label']}: {r['ctx_a']} {r['ctx_b'].capitalize()}"}
 
 
 def _lettered(stem: str) -> Any:
@@ -123,7 +131,7 @@ _HUB = {
         "Rowan/hellaswag",
         None,
         _DEV,
-        lambda r: _options(r, f"{r['activity_label']}: {r['ctx']}", list(r["endings"]), r["label"]),
+        _hellaswag,
     ),
     "winogrande": Hub(
         "allenai/winogrande",
