@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .session import ATTRIBUTE, Session
-from .training import check_training
+from .training import check_training, check_turns
 
 CHECKPOINTS_CALL = "__call__" in GradientCheckpointingLayer.__dict__
 CHILD = {"output": "edit_output", "input": "edit_input"}
@@ -113,7 +113,9 @@ def _edit_input(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 def _open_top(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     session: Session = module.__dict__[ATTRIBUTE]
     check_training(module, session, kwargs)
-    return args, session.open(module, args, kwargs, top=True)
+    kwargs = session.open(module, args, kwargs, top=True)
+    check_turns(module, session)
+    return args, kwargs
 
 
 def _check_training(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -66,6 +66,7 @@ class Session:
         self.mix: Mix | None = None  # takes the place of `active` where there is one
         self.enabled = True
         self.needs_wrapper = False
+        self.looks = 16  # batches whose labels are looked at for several answers
         self.interventions: dict[str, tuple[Any, ...]] = {}
         config = getattr(model, "config", None)
         generates = getattr(model, "can_generate", None)

@@ -1,6 +1,6 @@
 """What would go wrong in training without a word, said at the first forward pass instead.
 
-Each check costs a look at a few flags; nothing of a batch is read.
+Each check costs a look at a few flags; of the first batches alone the labels are read.
 """
 
 import warnings
@@ -43,6 +43,29 @@ def check_training(model: nn.Module, session: Session, kwargs: dict[str, Any]) -
             "for label smoothing and for compute_loss_func, and TRL before 1.15 for DPO and GRPO: let the collator add "
             "prompt_mask (1 on prompt tokens, reftune.data.ReftDataCollator does). If the whole input is prompt, pass "
             "a prompt_mask of ones.",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def check_turns(model: nn.Module, session: Session) -> None:
+    """Warn if a row of one of the first batches to train with holds several answers; called as the pass begins."""
+    batch = session.batch
+    if not session.looks or batch is None or batch.inputs.labels is None or torch.compiler.is_compiling():
+        return
+    if not (model.training and torch.is_grad_enabled() and _needs_the_end(session)):
+        return
+    session.looks -= 1
+    places, labelled = batch.inputs.layout(None), batch.inputs.labels != -100
+    gap = (places.generated >= 0) & ~labelled.to(places.generated.device)
+    again = gap[:, :-1] & (places.generated[:, 1:] >= 0) & ~gap[:, 1:]
+    if bool(again.any()):
+        session.looks = 0
+        warnings.warn(
+            f"Row {int(again.any(dim=1).long().argmax())} of this batch has several answers: its labels go on after a "
+            "gap of -100. The prompt ends at the first of them, so positions such as l2 are not edited before the "
+            "others, where generation edits them. Make a row of each answer, with all that comes before it as its "
+            "prompt; positions of f and all alone are the same in both.",
             UserWarning,
             stacklevel=2,
         )
