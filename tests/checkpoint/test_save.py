@@ -107,6 +107,17 @@ def test_a_save_that_fails_leaves_the_old_adapter_and_nothing_else(
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_what_killed_saves_left_goes_with_a_later_one(tmp_path: Path) -> None:
+    old, new = tmp_path / ".saving-old", tmp_path / ".saving-of-another-process"
+    for left in (old, new):
+        left.mkdir()
+        (left / "adapter_model.safetensors").write_bytes(b"half")
+    os.utime(old, (0, 0))
+    model = get_reft_model(tiny_llama(), ReftConfig(layers=[1]))
+    model.save_pretrained(tmp_path)
+    assert (old.exists(), new.exists()) == (False, True)
+
+
 def test_the_weights_carry_the_config_they_were_saved_with(tmp_path: Path) -> None:
     model = adapted("f1+l1")
     model.save_pretrained(tmp_path)

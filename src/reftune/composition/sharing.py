@@ -17,7 +17,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from ..tuner.atomic import CONFIG, WEIGHTS
+from ..tuner.atomic import CONFIG, WEIGHTS, staging
 from ..tuner.compatibility import base_shape, check_same
 from .algebra import Composition
 
@@ -63,10 +62,8 @@ def save_composition(model: Any, composition: Composition, directory: str | os.P
     for name in composition.strengths:
         if Path(name).name != name or name in (".", "..") or name.startswith("."):
             raise ValueError(f"Adapter {name!r} cannot be the name of a folder: load it under a plain name.")
-    target.mkdir(parents=True, exist_ok=True)
     before = _folders_before(target)
-    temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
-    try:
+    with staging(target) as temporary:
         folders = {}
         for name in composition.strengths:
             written = _save_adapter(model, name, temporary / name)
@@ -85,8 +82,6 @@ def save_composition(model: Any, composition: Composition, directory: str | os.P
         text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         _write(temporary / FILE, text)
         os.replace(temporary / FILE, target / FILE)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     for folder in before - set(folders.values()):
         shutil.rmtree(target / folder, ignore_errors=True)
 

@@ -8,7 +8,9 @@ takes; one cut off after it is complete.
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -18,14 +20,28 @@ WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
 CONFIG = "adapter_config.json"
 _KEY = "reftune_config"
+_STAGING = ".saving-"
+
+
+@contextmanager
+def staging(target: Path) -> Iterator[Path]:
+    """A temporary directory in `target`, which is made; what killed saves left there more than an hour ago goes."""
+    target.mkdir(parents=True, exist_ok=True)
+    for left in target.glob(f"{_STAGING}*"):
+        with suppress(FileNotFoundError):  # another process was faster
+            if time.time() - left.stat().st_mtime > 3600:
+                shutil.rmtree(left, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(prefix=_STAGING, dir=target))
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def save_atomically(directory: str | os.PathLike[str], write: Callable[[str], None]) -> None:
     """Let `write(temporary)` write an adapter and move it to `directory`; adapters in subdirectories too."""
     target = Path(directory)
-    target.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
-    try:
+    with staging(target) as temporary:
         write(str(temporary))
         files = [path for path in temporary.rglob("*") if path.is_file()]
         for path in sorted(files, key=lambda p: (p.name == WEIGHTS, str(p))):
@@ -34,8 +50,6 @@ def save_atomically(directory: str | os.PathLike[str], write: Callable[[str], No
             with path.open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(path, destination)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def commit_config(directory: Path) -> None:
