@@ -3,12 +3,14 @@
 transformers ≥ 5.22 checkpoints a block's `forward`: hooks on the block stay outside and run once. Before, `__call__`
 was checkpointed, hooks and all; there the block's class is swapped for one whose `forward` edits (the oldest versions
 record hidden states around `forward`, so a hook would come too late) and whose `__call__` prepares the recomputation.
-Whatever is recomputed, there or inside a block, is handed the pass it belongs to.
+Whatever is recomputed, there or inside a block, is handed the pass it belongs to. The model's class is swapped, too,
+for one whose `forward` opens the pass if it is called past the hooks.
 
 Hooks are functions of the module alone: a copy or a replica of the model finds its own layer, never the original's.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,7 +30,7 @@ def attach(module: nn.Module, where: str) -> None:
     """Edit what goes into or comes out of the module by its child `edit_input` / `edit_output`."""
     if CHECKPOINTS_CALL and isinstance(module, GradientCheckpointingLayer):
         module.__dict__[ATTRIBUTE] = getattr(module, CHILD[where]).session
-        _swap_class(module)
+        _swap_class(module, _editing)
         if "forward" not in module.__dict__:  # accelerate has not put its own before the class's
             return
     if where == "output":
@@ -40,7 +42,7 @@ def attach(module: nn.Module, where: str) -> None:
 def watch_checkpointing(module: nn.Module) -> None:
     """Let the recomputation of this block find the forward pass it belongs to; called for blocks around a site."""
     if CHECKPOINTS_CALL:
-        _swap_class(module)
+        _swap_class(module, _editing)
     elif "checkpointing" not in _handles(module):
         _handles(module)["checkpointing"] = module.register_forward_pre_hook(_before_checkpoint, with_kwargs=True)
 
@@ -48,6 +50,8 @@ def watch_checkpointing(module: nn.Module) -> None:
 def watch_model(module: nn.Module, session: Session, top: bool) -> None:
     """Open and close the session around the module's forward."""
     module.__dict__[ATTRIBUTE] = session
+    if top:
+        _swap_class(module, _opening)
     if "open" not in _handles(module):
         before = _open_top if top else _open_inner
         _handles(module)["open"] = module.register_forward_pre_hook(before, with_kwargs=True)
@@ -175,14 +179,36 @@ def _before_checkpoint(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     return None
 
 
-def _swap_class(module: nn.Module) -> None:
+def _swap_class(module: nn.Module, swapped: Callable[[Any], type]) -> None:
     cls: Any = type(module)
     if not getattr(cls, "_reft_swapped", False):
-        module.__class__ = _swapped(cls)
+        module.__class__ = swapped(cls)
 
 
 @functools.cache
-def _swapped(cls: Any) -> type:
+def _opening(cls: Any) -> type:
+    """A model whose `forward`, called past the hooks (as sentence-transformers calls it), opens the session itself."""
+
+    @functools.wraps(cls.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        session: Session | None = self.__dict__.get(ATTRIBUTE)
+        if session is None or id(self) in session.state.open:
+            return cls.forward(self, *args, **kwargs)
+        args, kwargs = _open_top(self, args, kwargs)
+        output = None
+        try:
+            output = cls.forward(self, *args, **kwargs)
+        finally:
+            _close(self, args, kwargs, output)
+        return output
+
+    return _subclass(cls, _opening, forward=forward)
+
+
+@functools.cache
+def _editing(cls: Any) -> type:
+    """A block that edits in its `forward` what its checkpointing would keep out of the hooks' reach."""
+
     @functools.wraps(cls.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         hooks = self.__dict__.get("_reft_handles", ())
@@ -195,15 +221,20 @@ def _swapped(cls: Any) -> type:
         args, kwargs = _before_checkpoint(self, args, kwargs) or (args, kwargs)
         return cls.__call__(self, *args, **kwargs)
 
-    def reduce(self: Any, protocol: Any) -> Any:  # pickle cannot find this class by its name
-        return (_restore, (cls,), *cls.__reduce_ex__(self, protocol)[2:])
+    return _subclass(cls, _editing, forward=forward, __call__=call)
 
-    # Output recorders and FSDP go by the class's name: the swapped one keeps it.
-    own = {"forward": forward, "__call__": call, "__reduce_ex__": reduce, "_reft_swapped": True}
+
+def _subclass(cls: Any, swapped: Callable[[Any], type], **methods: Any) -> type:
+    """Output recorders, FSDP and `save_pretrained` go by the class's name: the swapped one keeps it."""
+
+    def reduce(self: Any, protocol: Any) -> Any:  # pickle cannot find this class by its name
+        return (_restore, (cls, swapped), *cls.__reduce_ex__(self, protocol)[2:])
+
+    own = {**methods, "__reduce_ex__": reduce, "_reft_swapped": True}
     return type(cls.__name__, (cls,), {**own, "__module__": cls.__module__, "__qualname__": cls.__qualname__})
 
 
-def _restore(cls: Any) -> Any:
+def _restore(cls: Any, swapped: Callable[[Any], type]) -> Any:
     module = cls.__new__(cls)
-    _swap_class(module)
+    _swap_class(module, swapped)
     return module

@@ -78,11 +78,12 @@ class Session:
 
     # Copied with the model, but what is running stays with the original.
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "threads"}
+        return {k: v for k, v in self.__dict__.items() if k not in ("threads", "signatures")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.threads = _Threads()
+        self.signatures = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Session":
         twin = self.__class__.__new__(self.__class__)
