@@ -213,6 +213,25 @@ def test_a_trained_head_comes_along():
     assert_close(logits(merged), wanted)
 
 
+@pytest.mark.parametrize("kind", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [5, 9]}])
+def test_named_adapters_bring_what_they_trained_whole_not_the_active_one(kind):
+    same = {"positions": "all", "component": "mlp_output", "bias": "none", **kind}
+    model = several("llama", a=same, b=same)
+    for adapter in ("a", "b"):
+        model.set_adapter(adapter)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad and ".reft_" not in name:
+                    parameter.add_(torch.randn_like(parameter))
+    wanted = logits(model)
+    model.set_adapter("a")
+    before = logits(model)
+    with pytest.raises(ValueError, match=r"'a' and 'b' both trained '\S+'"):
+        model.merge_and_unload(adapter_names=["a", "b"])
+    assert torch.equal(logits(model), before)
+    assert_close(logits(model.merge_and_unload(adapter_names=["b"])), wanted)
+
+
 def test_generation_and_training_mode():
     model = several("llama", a={"positions": "all", "component": "mlp_output"})
     options = {"attention_mask": MASK[:1], "max_new_tokens": 6, "do_sample": False}

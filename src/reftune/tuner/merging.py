@@ -88,6 +88,8 @@ def merge(tuner: "ReftModel", adapter_names: list[str] | None = None, safe_merge
     _check_base(model)
     strengths, how = _strengths(tuner, adapter_names)
     _check_lora(tuner, strengths)
+    named = None if adapter_names is None else list(strengths)  # else the active ones' modules are in use
+    _check_whole(model, named or ())
     edits = _edits(tuner, strengths, how)
     probe = Probe(model, tuner.session)
     folds: dict[str, list[tuple[Form, Fold]]] = {}
@@ -113,7 +115,7 @@ def merge(tuner: "ReftModel", adapter_names: list[str] | None = None, safe_merge
             new.swap()
         without_biases()
         raise
-    _unwrap(model)
+    _unwrap(model, named)
 
 
 def _check_same(probe: Probe, wanted: Tensor) -> None:
@@ -228,9 +230,24 @@ def _on(form: Form, like: Tensor) -> Form:
     return Form(form.up.to(like), form.down.to(like), form.offset.to(like), diagonal)
 
 
-def _unwrap(model: nn.Module) -> None:
-    """Modules trained whole (`modules_to_save`) take the place of the base model's."""
+def _check_whole(model: nn.Module, names: Iterable[str]) -> None:
+    for path, wrapper in model.named_modules():
+        if isinstance(wrapper, AuxiliaryTrainingWrapper) and len(own := _among(wrapper, names)) > 1:
+            raise ValueError(
+                f"{CANNOT}{own[0]!r} and {own[1]!r} both trained '{path}', and the base model has it once. Name one "
+                f"of them.{KEEP}"
+            )
+
+
+def _unwrap(model: nn.Module, names: Iterable[str] | None) -> None:
+    """Modules trained whole (`modules_to_save`) take the place of the base model's: those in use, or `names`'."""
     for module in list(model.modules()):
         for child, wrapper in list(module.named_children()):
             if isinstance(wrapper, AuxiliaryTrainingWrapper):
+                if names is not None:
+                    wrapper.set_adapter(_among(wrapper, names), inference_mode=True)
                 setattr(module, child, wrapper.unload_and_optionally_merge_module(True, False, None))
+
+
+def _among(wrapper: Any, names: Iterable[str]) -> list[str]:
+    return [name for name in names if name in wrapper._get_available_adapters()]
