@@ -190,9 +190,10 @@ def test_what_is_refused(model, handles):
     assert current(model) == compose({"style": 1.0}, "sequence")
 
 
-def test_an_adapter_with_modules_of_its_own_must_be_the_active_one():
-    model = several(style={}, tone={"modules_to_save": ["lm_head"]})
-    with pytest.raises(ValueError, match=r"'tone' also trained .*lm_head"):
+@pytest.mark.parametrize("kind", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [5, 9]}])
+def test_an_adapter_with_modules_of_its_own_must_be_the_active_one(kind):
+    model = several(style={}, tone=kind)
+    with pytest.raises(ValueError, match=r"'tone' also trained .*(lm_head|tokens)"):
         compose({"style": 1.0, "tone": 0.5}).apply(model)
     model.set_adapter("tone")
     compose({"style": 1.0, "tone": 0.5}).apply(model)

@@ -291,9 +291,10 @@ def test_bad_input_is_said_and_nothing_is_added(arguments, message):
     assert list(model.peft_config) == ["a", "b"]
 
 
-def test_modules_trained_whole_are_refused():
-    model = several(a={}, b={"modules_to_save": ["lm_head"]})
-    with pytest.raises(ValueError, match=r"trained .*lm_head"):
+@pytest.mark.parametrize("kind", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [5, 9]}])
+def test_modules_trained_whole_are_refused(kind):
+    model = several(a={}, b=kind)
+    with pytest.raises(ValueError, match=r"trained .*(lm_head|tokens)"):
         model.add_weighted_adapter(["a", "b"], [1, 1], "new")
 
 

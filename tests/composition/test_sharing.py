@@ -188,6 +188,17 @@ def test_what_an_adapter_trained_whole_is_in_use_again(tmp_path):
     assert not any(parameter.requires_grad for parameter in loaded.parameters())  # nobody asked to train
 
 
+def test_the_tokens_that_an_adapter_trained_are_in_use_again_beside_others(tmp_path):
+    model = several(tone={"trainable_token_indices": [5, 9]})
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and ".reft_" not in name:
+                parameter.mul_(2)
+    save_composition(model, compose({"tone": 0.5}), tmp_path)
+    with compose({"tone": 0.5}).on(model):
+        assert_close(logits(load_composition(several(mine={}), tmp_path)), logits(model))
+
+
 def test_a_composition_that_cannot_act_beside_the_models_own_adapter_leaves_it_alone(tmp_path):
     save_composition(several(style={}), compose({"style": 1.0}), tmp_path)
     own = several(mine={"lora": LoraConfig(target_modules=["q_proj"])})

@@ -146,11 +146,11 @@ class Composition:
             raise ValueError(f"{self} are adapters of another model than this one: load them here first.")
         known(tuner, self.strengths)
         for name, strength in self.strengths.items():
-            whole = getattr(tuner.peft_config[name], "modules_to_save", None)
-            if whole and strength and name not in tuner.active_adapters:
+            more = tuner.peft_config[name].beside_edits()
+            if more and strength and name not in tuner.active_adapters:
                 raise ValueError(
-                    f"Adapter {name!r} also trained {whole} whole, and a strength says nothing about those: make it "
-                    f"the active adapter first, model.set_adapter({name!r}), so that they are in use."
+                    f"Adapter {name!r} also trained {more}, and a strength says nothing about those: make it the "
+                    f"active adapter first, model.set_adapter({name!r}), so that they are in use."
                 )
         return tuner
 

@@ -207,7 +207,7 @@ def load_composition(base: nn.Module, directory: str | os.PathLike[str]) -> Peft
                 model.load_adapter(path, adapter_name=name)
             loaded.append(name)
         acting = {name: model.peft_config[name] for name in saved.composition.mix.active()}
-        whole = [name for name, c in acting.items() if c.modules_to_save or getattr(c, "lora", None)]
+        whole = [name for name, c in acting.items() if c.beside_edits() or getattr(c, "lora", None)]
         if not whole and not isinstance(base, PeftModel):
             whole = list(acting)[:1]  # not one with the strength 0, whose LoRA part would act
         if whole:  # these act with the active adapters alone, and the first that was loaded is active

@@ -116,10 +116,8 @@ def _check(
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
             raise ValueError(f"The weight of adapter {adapter!r} must be a finite number, but is {weight!r}.")
         config = tuner.peft_config[adapter]
-        if config.modules_to_save:
-            raise ValueError(
-                f"Adapter {adapter!r} also trained {config.modules_to_save} whole, and those cannot be added up."
-            )
+        if more := config.beside_edits():
+            raise ValueError(f"Adapter {adapter!r} also trained {more}, and those cannot be added up.")
         if getattr(config, "lora", None):
             raise ValueError(f"Adapter {adapter!r} has a LoRA adapter with it, which is no edit: only edits are baked.")
     if not any(weights):

@@ -209,6 +209,12 @@ class ReftConfig(PeftConfig):
         components = self.component if isinstance(self.component, list) else [self.component]
         return [{**edit, "component": name, "given": self._given.get(0)} for name in components]
 
+    def beside_edits(self) -> str:
+        """What the adapter trains besides its edits and its LoRA part, in words; "" where that is nothing."""
+        parts = [f"{self.modules_to_save} whole"] if self.modules_to_save else []
+        parts += ["the embeddings of single tokens (trainable_token_indices)"] if self.trainable_token_indices else []
+        return " and ".join(parts)
+
     def slim(self) -> None:
         """Keep what differs from the class's defaults, which are found there: thousands may be resident at once."""
         self.intervention_kwargs = self.intervention_kwargs or _NO_KWARGS
