@@ -146,6 +146,15 @@ def test_layers_need_not_be_a_list(layers: object, tmp_path: Path) -> None:
     assert torch.equal(logits(PeftModel.from_pretrained(tiny_llama(), tmp_path)), logits(model))
 
 
+def test_arguments_may_come_by_position(tmp_path: Path) -> None:
+    model = adapted()
+    model.add_adapter("other", ReftConfig(task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path, True, ["default"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", CONFIG, WEIGHTS]
+    model.save_pretrained(tmp_path / "none", True, None, "auto", False)  # not the main process
+    assert not (tmp_path / "none" / WEIGHTS).exists()
+
+
 def test_several_adapters_are_saved_beside_each_other_as_peft_does(tmp_path: Path) -> None:
     model = adapted()
     model.add_adapter("other", ReftConfig(r=3, positions="l1", task_type="CAUSAL_LM"))

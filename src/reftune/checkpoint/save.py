@@ -5,6 +5,7 @@ of other kinds go straight through.
 """
 
 import functools
+import inspect
 import os
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,15 @@ def install() -> None:
     if getattr(original, "_reftune", False):
         return
 
+    names = list(inspect.signature(original).parameters)[2:]  # of what may follow the directory
+
     @functools.wraps(original)
     def save_pretrained(self: PeftModel, save_directory: str, *args: Any, **kwargs: Any) -> None:
-        adapters = kwargs.get("selected_adapters") or list(self.peft_config)
-        main = kwargs.get("is_main_process", True)
-        if _only_here(self) and not args:
-            kwargs.setdefault("save_embedding_layers", False)  # PEFT would look the base up on the hub
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        adapters = given.get("selected_adapters") or list(self.peft_config)
+        main = given.get("is_main_process", True)
+        if _only_here(self) and "save_embedding_layers" not in given:
+            kwargs["save_embedding_layers"] = False  # PEFT would look the base up on the hub
         if not main or not all(isinstance(self.peft_config.get(name), ReftConfig) for name in adapters):
             return original(self, save_directory, *args, **kwargs)
         if os.path.isfile(save_directory):
