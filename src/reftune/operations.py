@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .interventions import Intervention
 from .positions import layout, parse, select_group
+from .tuner.counting import own_numbers
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def cost(model: Any, prompt: int = 128, new: int = 256) -> Cost:
                 edits += rows * _operations(module)
                 formula += rows * 4 * (module.low_rank_dimension or 0) * module.embed_dim
                 edited += rows
-                parameters += sum(value.numel() for value in module.state_dict().values())
+                parameters += own_numbers([module])
     with model.disable_adapter(), torch.no_grad():
         whole = _count(base, prompt + new)  # with a cache each token is computed once, as in one causal pass
     own = {id(p) for names in session.interventions.values() for module in names for p in module.parameters()}

@@ -15,6 +15,7 @@ from reftune import Intervention, ReftConfig, get_reft_model, register_intervent
 from reftune.checkpoint.info import describe
 from reftune.cli.info import info
 from reftune.interventions import INTERVENTIONS
+from reftune.operations import cost
 from reftune.tuner.atomic import CONFIG, WEIGHTS, commit_config
 
 
@@ -118,6 +119,15 @@ def test_representations_of_several_kinds_are_told_apart(tmp_path: Path) -> None
         ("model.layers.3.input", "l1"): "noreft",
     }
     assert set(found.positions.split(", ")) == {"f1", "l1"}
+
+
+def test_the_directions_of_others_are_no_parameters(tmp_path: Path) -> None:
+    model = get_reft_model(tiny_llama(), ReftConfig(r=2, task_type="CAUSAL_LM"), "a")
+    model.add_adapter("b", ReftConfig(r=2, orthogonal_to="a", task_type="CAUSAL_LM"))
+    model.set_adapter("b")
+    model.save_pretrained(tmp_path, selected_adapters=["b"])
+    assert describe(tmp_path / "b").parameters == cost(model).parameters == model.trainable_parameters().count
+    assert "| Size | 260 parameters" in (tmp_path / "b" / "README.md").read_text()
 
 
 def test_a_trained_head_is_counted_apart(tmp_path: Path) -> None:

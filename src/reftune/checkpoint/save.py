@@ -16,6 +16,7 @@ from peft import PeftModel
 from ..models import BUNDLED
 from ..tuner import ReftConfig, ReftLayer
 from ..tuner.atomic import PICKLED, WEIGHTS, commit_config, save_atomically
+from ..tuner.counting import own_numbers
 from .card import model_card
 
 MARK = "<!-- reftune -->"
@@ -103,7 +104,7 @@ def _write_card(model: PeftModel, adapter_name: str, directory: Path, target: Pa
     for path, layer in base.named_modules():
         if isinstance(layer, ReftLayer) and adapter_name in layer.groups:
             sites.append(path.replace(".edit_", "."))
-            parameters += sum(t.numel() for i in layer.interventions(adapter_name) for t in i.state_dict().values())
+            parameters += own_numbers(layer.interventions(adapter_name))
     directory = _place(directory, adapter_name)
     weights = directory / WEIGHTS
     card = model_card(

@@ -1,5 +1,6 @@
 """How many numbers a model trains."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -23,6 +24,12 @@ def trainable_parameters(model: nn.Module) -> TrainableParameters:
     """Those of a model, shared ones once."""
     seen = {id(p): p for p in model.parameters()}.values()
     return TrainableParameters(sum(_numel(p) for p in seen if p.requires_grad), sum(_numel(p) for p in seen))
+
+
+def own_numbers(interventions: Iterable[nn.Module]) -> int:
+    """How many numbers interventions have, without the directions of others that they stay out of."""
+    tensors = (item for module in interventions for item in module.state_dict().items())
+    return sum(value.numel() for key, value in tensors if ".others_" not in f".{key}")
 
 
 def _numel(parameter: nn.Parameter) -> int:
