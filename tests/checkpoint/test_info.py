@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForSequenceClassification
@@ -119,6 +120,27 @@ def test_representations_of_several_kinds_are_told_apart(tmp_path: Path) -> None
         ("model.layers.3.input", "l1"): "noreft",
     }
     assert set(found.positions.split(", ")) == {"f1", "l1"}
+
+
+def test_a_module_inside_a_named_part_has_its_own_kind(tmp_path: Path) -> None:
+    entries = [
+        {"layer": 1, "intervention": "nodireft", "component": "mlp.down_proj.output", "positions": "l1"},
+        {"layer": 2, "intervention": "noreft", "component": "mlp.down_proj.output", "positions": "l1"},
+        {"layer": 1, "intervention": "red", "component": "mlp_output", "positions": "l1"},
+    ]
+    found = describe(save(tmp_path, representations=entries))
+    assert {site.name: site.kind for site in found.sites} == {
+        "model.layers.1.mlp.down_proj.output": "nodireft",
+        "model.layers.2.mlp.down_proj.output": "noreft",
+        "model.layers.1.mlp.output": "red",
+    }
+
+
+def test_a_lora_part_is_counted_apart(tmp_path: Path) -> None:
+    found = describe(save(tmp_path, positions="l1", lora=LoraConfig(r=2, target_modules=["o_proj"])))
+    assert (found.lora_parameters, found.other_parameters) == (4 * 2 * 2 * 32, 0)
+    assert "LoRA part" in printed(tmp_path)
+    assert "saved whole" not in printed(tmp_path)
 
 
 def test_the_directions_of_others_are_no_parameters(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from .card import layers_in_words
 _KEY = re.compile(
     r"(?:base_model\.model\.)?(?P<path>.*?)\.?edit_(?P<where>output|input)\.reft_(?P<group>[^.]+)\.(?P<name>.+)"
 )
+_LORA = re.compile(r"\.lora_\w+(\.|$)")
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class AdapterInfo:
     sites: tuple[SiteInfo, ...]
     parameters: int  # of the interventions
     other_parameters: int  # of modules_to_save
+    lora_parameters: int  # of its LoRA part
     nbytes: int  # of the weights file
     dtype: str
 
@@ -86,10 +88,12 @@ def describe(directory: str | Path) -> AdapterInfo:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{folder / WEIGHTS} cannot be read: {error}. The file is damaged; save it again.") from error
     found: dict[tuple[str, str, str], dict[str, Tensor]] = {}
-    other = 0
+    other = lora = 0
     for key, tensor in tensors.items():
         parts = _KEY.fullmatch(key)
-        if parts is None:
+        if parts is None and config.get("lora") and _LORA.search(key):
+            lora += tensor.numel()
+        elif parts is None:
             other += tensor.numel()
         else:
             found.setdefault((parts["path"], parts["where"], parts["group"]), {})[parts["name"]] = tensor
@@ -115,6 +119,7 @@ def describe(directory: str | Path) -> AdapterInfo:
         sites=sites,
         parameters=sum(site.parameters for site in sites),
         other_parameters=other,
+        lora_parameters=lora,
         nbytes=(folder / WEIGHTS).stat().st_size,
         dtype=_each(site.dtype for site in sites),
     )
@@ -164,18 +169,20 @@ def _kind(path: str, where: str, group: str, config: dict[str, Any]) -> str:
     kinds = dict.fromkeys(entry["intervention"] for entry in entries)
     if len(kinds) <= 1:
         return str(next(iter(kinds), config.get("intervention")))
-    matching = dict.fromkeys(
-        entry["intervention"]
+    matching = [
+        entry
         for entry in entries
         if group in groups(entry["positions"], bool(config.get("share_weights"))) and _is_at(entry, path, where, config)
-    )
-    return " or ".join(matching or kinds)
+    ]
+    exact = [entry for entry in matching if "." in entry["component"]]  # "mlp_output" may be any module in an mlp
+    return " or ".join(dict.fromkeys(entry["intervention"] for entry in exact or matching) or kinds)
 
 
 def _is_at(entry: dict[str, Any], path: str, where: str, config: dict[str, Any]) -> bool:
     component = str(entry["component"])
-    if "." in component:
-        return re.sub(r"\[(\d+)\]", r".\1", component) == f"{path}.{where}"
+    module = re.sub(r"\[(\d+)\]", r".\1", component)
+    if module == f"{path}.{where}":
+        return True
     number = re.search(r"\.(\d+)(?:\.(.+))?$", path)
     if number is None:
         return False
@@ -186,6 +193,8 @@ def _is_at(entry: dict[str, Any], path: str, where: str, config: dict[str, Any])
     if isinstance(layer, int) and layer != int(number[1]):
         return False
     child = number[2]
+    if "." in component:
+        return module == f"{child}.{where}"
     if component.startswith("block"):
         return child is None and component == f"block_{where}"
     attends = child is not None and re.search(r"attn|attention", child, re.I) is not None

@@ -68,6 +68,8 @@ def _summary(found: AdapterInfo) -> list[tuple[str, str]]:
         ("Size", f"{found.parameters:,} parameters in {found.dtype}, {found.nbytes / 1000:,.1f} kB on disk"),
         ("Orthonormal", _overall(found.orthonormality_error)),
     ]
+    if found.lora_parameters:
+        rows.insert(-1, ("LoRA part", f"{found.lora_parameters:,} parameters"))
     if found.other_parameters:
         rows.insert(-1, ("Modules saved whole", f"{found.other_parameters:,} parameters"))
     return rows
