@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tests.tiny_chat import tiny_model, tiny_tokenizer
+from transformers import T5Config, T5ForConditionalGeneration
 
 from reftune import ReftConfig, compose, explain, get_reft_model
 from reftune.explaining import CONTINUES
@@ -86,6 +87,25 @@ def test_a_batch_is_explained_row_by_row() -> None:
 def test_tokens_that_share_a_character_are_shown_as_one() -> None:
     found = explain(adapted(positions="l1"), tiny_tokenizer(), "a🤖b", chat_template=False)
     assert found.tokens == ("a", "🤖", CONTINUES, CONTINUES, CONTINUES, "b")
+
+
+def test_where_adapters_are_disabled_nothing_is_edited() -> None:
+    model, tokenizer = get_reft_model(tiny_model(), ReftConfig(positions="all", layers="all")), tiny_tokenizer(False)
+    with model.disable_adapter():
+        assert "*" not in str(explain(model, tokenizer, "abc"))
+        assert "*" in str(explain(model, tokenizer, "abc", adapter_name="default"))  # asked by name: what it would do
+    assert "*" in str(explain(model, tokenizer, "abc"))
+
+
+def test_an_encoder_reads_the_prompt_and_its_decoder_the_answer() -> None:
+    config = T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2, vocab_size=300, decoder_start_token_id=0)
+    entries = [{"layer": 1}, {"component": "decoder.block.0.output"}]
+    model = get_reft_model(
+        T5ForConditionalGeneration(config),
+        ReftConfig(r=2, positions="all", representations=entries, task_type="SEQ_2_SEQ_LM"),
+    )
+    found = explain(model, tiny_tokenizer(False), "abc", answer="de")
+    assert [found.where(column) for column in range(5)] == ["all · layer 1"] * 3 + ["all · layer 0"] * 2
 
 
 def test_errors() -> None:

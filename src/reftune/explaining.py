@@ -78,7 +78,8 @@ def explain(
         text: a prompt, or chat messages; a list of prompts gives a list. Padding moves no edit to another token, so
             that each is explained as it stands, whatever batch it will be in.
         answer: tokens that the model has generated, to see what `gen` and `all` edit.
-        adapter_name: those that act if None, the active ones or the composition that is on.
+        adapter_name: those that act if None, the active ones or the composition that is on; none where they are
+            disabled.
 
     Raises ValueError for a text without tokens, messages that the chat template refuses, or an unknown adapter.
     """

@@ -38,14 +38,18 @@ def explain_tokens(
         input_ids, attention_mask, labels, position_ids: (B, L), as the model would get them.
         prompt_columns: how many columns are the prompt, where the batch holds generated tokens too (as in `generate`).
         adapter_name: those that act if None, the active ones or the composition that is on.
+
+    The decoder of an encoder-decoder reads the generated tokens alone, its encoder the prompt.
     """
-    names = [adapter_name] if adapter_name else model.base_model.session.names
+    session = model.base_model.session
+    names = [adapter_name] if adapter_name else session.names if session.enabled else []
     for name in names:
         if name not in model.peft_config:
             raise ValueError(f"There is no adapter {name!r}; this model has {sorted(model.peft_config)}.")
     rows, columns = input_ids.shape
     inputs = Inputs((rows, columns), attention_mask, labels, None, position_ids, device=input_ids.device)
     places = inputs.layout(None if prompt_columns is None else Prompt(prompt_columns))
+    two_stacks = getattr(getattr(model.get_base_model(), "config", None), "is_encoder_decoder", False)
     edits: list[list[Edit]] = [[] for _ in range(rows)]
     for path, layer in model.get_base_model().named_modules():
         if not isinstance(layer, ReftLayer):
@@ -54,6 +58,8 @@ def explain_tokens(
             if labels is not None:
                 check_prompts(places, parse(positions))
             tokens = select_group(parse(group), places, parse(positions))
+            if two_stacks:
+                tokens = tokens & ((places.generated >= 0) == ("decoder" in path.split(".")))
             for row in range(rows):
                 found = tuple(torch.nonzero(tokens[row]).flatten().tolist())
                 edits[row].append(Edit(path.replace(".edit_", "."), _layer_number(path), group, found))
