@@ -5,6 +5,8 @@ import warnings
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tests.tuner.test_peft_contract import IDS, adapted, logits
 
 from conftest import tiny_llama
@@ -12,9 +14,23 @@ from reftune import ReftConfig
 from reftune.tuner.layer import ReftLayer
 
 
-def test_weights_that_are_not_the_adapters_are_refused(tmp_path):
-    from safetensors.torch import load_file, save_file
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("low", [True, False])
+def test_a_file_in_half_precision_is_loaded_as_adapters_are_made(low, dtype, tmp_path):
+    first = adapted()
+    first.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    save_file({key: value.bfloat16() for key, value in load_file(file).items()}, file, metadata=metadata)
+    model = PeftModel.from_pretrained(tiny_llama(dtype=dtype), tmp_path, low_cpu_mem_usage=low)
+    model.load_adapter(tmp_path, "other", low_cpu_mem_usage=low)
+    edits = [parameter for name, parameter in model.named_parameters() if ".reft_" in name]
+    assert {(p.dtype, p.device.type) for p in edits} == {(dtype, "cpu")}  # of the base, where there is a GPU, too
+    torch.testing.assert_close(logits(model.eval()).float(), logits(first), atol=1e-2, rtol=1e-2)
 
+
+def test_weights_that_are_not_the_adapters_are_refused(tmp_path):
     adapted().save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     whole = load_file(file)

@@ -128,6 +128,21 @@ def check_keys(model: nn.Module, adapter_name: str, state: dict[str, Tensor]) ->
         )
 
 
+def as_made(model: nn.Module, adapter_name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights to load, those for parameters without memory (`low_cpu_mem_usage`) as precise as these and where the
+    base is: they are put in their place as they come, whatever the file holds and wherever PEFT read it to."""
+    state, keys = dict(state), {key.removeprefix("base_model.model."): key for key in state}
+    for name, layer in _layers(model):
+        base = model.get_submodule(name.rpartition(".")[0]).parameters()
+        device = next((p.device for p in base if not p.is_meta), None)
+        for attribute, intervention in _of(layer, adapter_name):
+            for part, there in intervention.state_dict().items():
+                key = keys.get(f"{name}.{attribute}.{adapter_name}.{part}".removeprefix("base_model.model."))
+                if there.is_meta and key is not None:
+                    state[key] = state[key].to(device, there.dtype)
+    return state
+
+
 # what PEFT adds to modules_to_save by itself, for any classifier
 _HEADS = {"classifier", "score", "qa_outputs"}
 

@@ -377,4 +377,4 @@ class ReftModel(BaseTuner):
                 tuner.peft_config.pop(adapter_name, None)
             raise
         unloaded.discard(adapter_name)
-        return remapped
+        return compatibility.as_made(model, adapter_name, remapped)
