@@ -8,9 +8,11 @@ from peft import PeftModel
 from transformers import (
     CONFIG_MAPPING,
     AutoModel,
+    AutoModelForCTC,
     AutoModelForMultipleChoice,
     AutoModelForSeq2SeqLM,
     AutoModelForTokenClassification,
+    Speech2TextForConditionalGeneration,
 )
 
 from reftune import ReftConfig, get_reft_model
@@ -160,6 +162,44 @@ def test_images_have_their_tokens_counted_at_the_first_block(name):
     with torch.no_grad():
         model(**inputs)
     assert [s.int().tolist() for s in seen] == [[[1] + [0] * (tokens - 2) + [1]] * 2] * 4
+
+
+SPEECH = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 4}
+SPEECH |= {"conv_dim": [8, 8], "conv_kernel": [4, 4], "conv_stride": [4, 2], "num_conv_pos_embeddings": 4}
+SPEECH |= {"num_conv_pos_embedding_groups": 2, "feat_extract_norm": "layer", "mask_time_prob": 0.0, "vocab_size": 20}
+
+
+@pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")  # WavLM's own
+@pytest.mark.parametrize("name", ["wav2vec2", "hubert", "wavlm", "unispeech"])
+def test_padding_of_audio_is_no_frame(name):
+    torch.manual_seed(0)
+    base = AutoModelForCTC.from_config(config(name, SPEECH)).eval()
+    model = get_reft_model(base, ReftConfig(positions="f1+l2", layers="all", init_weights=False)).eval()
+    seen = spy(model)
+    audio = torch.randn(2, 64)
+    mask = torch.ones(2, 64, dtype=torch.long)
+    mask[1, 44:] = 0  # 7 frames, and 4
+    with torch.no_grad():
+        model(audio, attention_mask=mask)
+    assert [s.int().tolist() for s in seen] == [[[1, 0, 0, 0, 0, 1, 1], [1, 0, 1, 1, 0, 0, 0]]] * 4
+    with torch.no_grad():
+        model(audio)  # no mask, no padding
+    assert seen[-1].int().tolist() == [[1, 0, 0, 0, 0, 1, 1]] * 2
+
+
+def test_padding_of_audio_is_no_frame_of_an_encoder_decoder():
+    torch.manual_seed(0)
+    settings = {**BOTH["bart"], "num_conv_layers": 1, "conv_kernel_sizes": [3], "conv_channels": 16, "pad_token_id": 0}
+    settings |= {"input_feat_per_channel": 8, "max_source_positions": 64, "max_target_positions": 64}
+    base = Speech2TextForConditionalGeneration(config("speech_to_text", settings)).eval()
+    model = get_reft_model(base, ReftConfig(positions="f1+l1", init_weights=False)).eval()
+    seen = spy(model)
+    mask = torch.tensor([[1] * 8, [1] * 5 + [0] * 3])  # 4 frames, and 3
+    inputs = {"input_features": torch.randn(2, 8, 8), "attention_mask": mask}
+    with torch.no_grad():
+        model(**inputs, decoder_input_ids=torch.tensor([[2], [2]]))
+        model.generate(**inputs, max_new_tokens=2)
+    assert [s.int().tolist() for s in seen] == [[[1, 0, 0, 1], [1, 0, 1, 0]]] * 2
 
 
 def test_a_multimodal_model_is_edited_in_its_language_model():

@@ -4,6 +4,7 @@ The prompt of a row is, in this order: what `prompt_mask` marks, what precedes t
 `generate` was given, the columns that a known cache was filled with at first, or else everything.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,6 +45,7 @@ class Inputs:
     position_ids: Tensor | None = None  # (B, columns)
     past: int | Tensor = 0  # columns in the cache; a tensor () in a compiled step after the prompt
     device: torch.device | None = None
+    hears: Any = None  # the model, if it is one that makes a mask of frames of a mask of audio samples
     keep: int = 0  # the last columns that logits are asked for, 0 for all: some models' later blocks get these alone
 
     def all_prompt(self) -> bool:
@@ -96,6 +98,19 @@ def _widen(mask: Tensor | None, rows: int, total: int, device: torch.device | No
     if real.shape[1] < total:
         real = torch.cat([real.new_ones(rows, total - real.shape[1]), real], dim=1)
     return real
+
+
+def _of_frames(model: Any, mask: Tensor, seen: tuple[int, int]) -> Tensor | None:
+    """A mask (B, samples) of audio as one of the frames (B, L) that a speech model makes of it, padded on the right as
+    there; None for other models, and where the blocks see another number of frames."""
+    count = getattr(model, "_get_feat_extract_output_lengths", None)
+    if count is None or mask.shape[0] != seen[0]:
+        return None
+    more = {"add_adapter": False} if "add_adapter" in inspect.signature(count).parameters else {}
+    if int(count(torch.tensor([mask.shape[1]], device="cpu"), **more)) != seen[1]:
+        return None
+    lengths = count((mask != 0).sum(1), **more)
+    return torch.arange(seen[1], device=mask.device) < lengths.unsqueeze(1)
 
 
 _UNKNOWN: Any = object()
@@ -281,8 +296,9 @@ class Batch:
             seen = (hidden.shape[0], hidden.shape[1])
             if self.inputs.shape is None:  # images and audio: the tokens are first counted here
                 mask = self.inputs.mask
-                usable = mask is not None and mask.dim() == 2 and tuple(mask.shape) == seen
-                self.inputs = Inputs(seen, mask if usable else None, device=hidden.device)
+                if mask is not None and tuple(mask.shape) != seen:
+                    mask = _of_frames(self.inputs.hears, mask, seen)
+                self.inputs = Inputs(seen, mask, device=hidden.device)
             elif self.inputs.shape != seen:
                 raise ValueError(
                     f"The model was called with {self.inputs.shape} tokens, but the hidden states at this site have "

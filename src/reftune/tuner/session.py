@@ -252,6 +252,7 @@ class Session:
             past=past,
             device=tokens.device if isinstance(tokens, Tensor) else None,
             keep=keep if isinstance(keep, int) else 0,
+            hears=module if hasattr(module, "_get_feature_vector_attention_mask") else None,
         )
         if inputs.labels is not None or inputs.prompt_mask is not None:
             prompt = None
