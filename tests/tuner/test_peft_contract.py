@@ -77,6 +77,19 @@ def test_adapters_are_added_switched_combined_and_deleted():
     assert torch.equal(logits(model.base_model.model), logits(tiny_llama()))
 
 
+@torch.no_grad()
+def test_adapters_that_cannot_be_active_together_leave_those_that_are():
+    model = get_reft_model(tiny_llama(), ReftConfig(modules_to_save=["lm_head"]), "a")
+    model.add_adapter("b", ReftConfig(modules_to_save=["embed_tokens", "lm_head"]))
+    model.get_base_model().model.embed_tokens.modules_to_save["b"].weight.mul_(2)
+    before = logits(model.eval())
+    with pytest.raises(ValueError, match="Only one adapter can be set at a time"):
+        model.set_adapter(["b", "a"])
+    assert model.active_adapter == "a"
+    assert model.active_adapters == ["a"]
+    assert torch.equal(logits(model), before)
+
+
 def test_disabling_nests_and_unloading_restores():
     model, plain = adapted(), tiny_llama()(IDS).logits
     edited = logits(model)

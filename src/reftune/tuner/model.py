@@ -183,6 +183,9 @@ class ReftModel(BaseTuner):
         """Make these adapters the active ones, in this order; the time does not depend on how many others there are."""
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         if any(config.modules_to_save or config.trainable_token_indices for config in self.peft_config.values()):
+            for module in self.model.modules():  # all of them before the first changes
+                if isinstance(module, AuxiliaryTrainingWrapper):
+                    module.check_set_adapter(names)
             _set_adapter(self.model, names, inference_mode=inference_mode)
         for layer in self.session.layers:
             layer.set_adapter(names, inference_mode=inference_mode)

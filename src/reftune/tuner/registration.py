@@ -72,8 +72,8 @@ def accept_several() -> None:
                 raise ValueError(f"Adapter {name} not found.")
         if not adapter_name:
             raise ValueError("set_adapter got no adapter: use disable_adapter() for the base model.")
-        self.active_adapter = adapter_name[0]
         self.base_model.set_adapter(list(adapter_name), *args, **kwargs)
+        self.active_adapter = adapter_name[0]
         return None
 
     set_adapter._reftune = True  # type: ignore[attr-defined]
