@@ -78,6 +78,26 @@ def test_adapters_are_added_switched_combined_and_deleted():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("whole", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [5, 7]}])
+def test_deleting_an_adapter_beside_two_active_ones_changes_nothing_else(whole):
+    model = get_reft_model(tiny_llama(), ReftConfig(**whole, init_weights=False), "a").eval()
+    model.add_adapter("b", ReftConfig(**whole))
+    model.add_adapter("c", ReftConfig(layers=[1], init_weights=False))
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and ".reft_" not in name:
+            parameter.mul_(2)
+    model.set_adapter(["c", "a"], inference_mode=True)
+    before = logits(model)
+    model.delete_adapter("b")
+    assert torch.equal(logits(model), before)
+    assert not any(".b." in name or name.endswith(".b") for name, _ in model.named_parameters() if "reft_" not in name)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    model.delete_adapter("a")
+    assert model.active_adapters == ["c"]
+    assert not torch.equal(logits(model), before)
+
+
+@torch.no_grad()
 def test_adapters_that_cannot_be_active_together_leave_those_that_are():
     model = get_reft_model(tiny_llama(), ReftConfig(modules_to_save=["lm_head"]), "a")
     model.add_adapter("b", ReftConfig(modules_to_save=["embed_tokens", "lm_head"]))

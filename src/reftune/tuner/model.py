@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner, _delete_auxiliary_adapter
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.other import _set_adapter
 from torch import nn
@@ -212,7 +212,13 @@ class ReftModel(BaseTuner):
         self._forget(self.model, adapter_name)
         if not active and self.peft_config:
             active = [next(iter(self.peft_config))]
-        _delete_auxiliary_adapter(self.model, adapter_name=adapter_name, new_active_adapters=active)
+        for module in self.model.modules():
+            if isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._get_available_adapters():
+                trains = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+                own = [name for name in active if name in module._get_available_adapters()]  # PEFT takes one at most
+                module.delete_adapter(adapter_name, new_active_adapters=own)
+                for parameter, requires_grad in trains if active == before else ():
+                    parameter.requires_grad_(requires_grad)
         if active != before:
             self.set_adapter(active)
         self.session.mix = None if mix is None or adapter_name in mix.strengths else mix
