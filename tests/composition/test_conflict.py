@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from several import MASK, PROMPT, Letters, several
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from reftune.composition import compose, conflicts
 from reftune.composition.angles import angles, disturbed, span
@@ -13,6 +14,7 @@ from reftune.interventions import LoreftIntervention, NodireftIntervention
 from reftune.interventions.forms import form_of
 
 D = 32
+SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "vocab_size": 99}
 
 
 def rows(*numbers):
@@ -190,6 +192,14 @@ def test_bad_input(pair):
     ]:
         with pytest.raises(ValueError, match=message):
             conflicts(pair, *arguments)
+
+
+def test_a_classifier_has_no_next_token():
+    base = LlamaForSequenceClassification(LlamaConfig(**SIZES))
+    model = several(base=base, a={"task_type": "SEQ_CLS"}, b={"task_type": "SEQ_CLS"})
+    assert conflicts(model, ["a", "b"]).pairs[0].sites
+    with pytest.raises(ValueError, match=r"the next token, which a LlamaForSequenceClassification"):
+        conflicts(model, ["a", "b"], prompts=["abc"], tokenizer=Letters())
 
 
 @pytest.mark.parametrize("component", ["block_input", "mlp_output", "model.layers[2].mlp.down_proj.input"])

@@ -40,6 +40,11 @@ class Measurer:
     def __init__(
         self, model: Any, tuner: ReftModel, tokenizer: Any, prompts: Sequence[str], how: How, chat_template: bool | None
     ) -> None:
+        if not tuner.session.reads_labels:  # no causal language model
+            raise ValueError(
+                f"What prompts measure is the next token, which a {type(tuner.model).__name__} does not tell: leave "
+                "prompts out, and the weights alone are compared."
+            )
         self.model, self.tuner, self.how = model, tuner, how
         self.inputs = _tokens(tokenizer, prompts, next(tuner.model.parameters()).device, chat_template)
         self.count = len(prompts)
