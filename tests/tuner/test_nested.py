@@ -120,6 +120,7 @@ def test_loaded_at_a_lower_rank_it_is_the_first_rows(tmp_path: Path, rank: int) 
 
 def test_written_at_a_lower_rank(tmp_path: Path) -> None:
     _, directory = saved(tmp_path, nested=[1, 2, 4])
+    (directory / "recipe.yaml").write_text("data: {template: plain}")  # `reftune chat` asks as it says
     before = {file.name: file.read_bytes() for file in directory.iterdir()}
     truncate(directory, tmp_path / "small", rank=2)
     assert {file.name: file.read_bytes() for file in directory.iterdir()} == before
@@ -128,6 +129,7 @@ def test_written_at_a_lower_rank(tmp_path: Path) -> None:
     sizes = [(d / "adapter_model.safetensors").stat().st_size for d in (directory, tmp_path / "small")]
     tensors = load_file(tmp_path / "small" / "adapter_model.safetensors")
     assert sizes[1] < sizes[0] - sum(t.numel() * 4 for t in tensors.values()) + 500  # half the numbers are gone
+    assert (tmp_path / "small" / "recipe.yaml").read_text() == "data: {template: plain}"
     assert "| Rank | 2 |" in (tmp_path / "small" / "README.md").read_text(encoding="utf-8")
     small = PeftModel.from_pretrained(tiny_llama(layers=3), tmp_path / "small")
     cut = ReftConfig.from_pretrained(str(directory), rank=2)

@@ -6,6 +6,7 @@ Reads and writes files alone; the base model is not needed. See `reftune.tuner.t
 """
 
 import os
+import shutil
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
@@ -34,6 +35,8 @@ def truncate(source: str | os.PathLike[str], destination: str | os.PathLike[str]
         config.save_pretrained(directory)
         save_file(tensors, Path(directory) / WEIGHTS, metadata={"format": "pt"})
         commit_config(Path(directory))
+        if (recipe := Path(source) / "recipe.yaml").is_file():  # has the template that the adapter is asked with
+            shutil.copy(recipe, directory)
         info = describe(directory)
         card = model_card(config, list(info.site_names), info.parameters, info.nbytes)
         (Path(directory) / "README.md").write_text(f"{card.rstrip()}\n\n{MARK}\n", encoding="utf-8")
