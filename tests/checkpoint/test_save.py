@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from conftest import tiny_llama
 from reftune import ReftConfig, get_reft_model
-from reftune.checkpoint import install
+from reftune.checkpoint import describe, install
 from reftune.tuner.atomic import CONFIG, WEIGHTS
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
@@ -124,6 +124,22 @@ def test_the_weights_carry_the_config_they_were_saved_with(tmp_path: Path) -> No
     torn = json.loads((tmp_path / CONFIG).read_text()) | {"positions": "f2"}
     (tmp_path / CONFIG).write_text(json.dumps(torn))
     assert torch.equal(logits(PeftModel.from_pretrained(tiny_llama(), tmp_path)), logits(model))
+
+
+def test_the_base_may_be_given_another_name_in_the_config(tmp_path: Path) -> None:
+    model = adapted()
+    model.peft_config["default"].base_model_name_or_path = "/old/base"
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    for change, name in (({}, "/new/base"), ({"positions": "f2"}, "/old/base")):  # the second is torn
+        (tmp_path / CONFIG).write_text(json.dumps({**config, "base_model_name_or_path": "/new/base", **change}))
+        model = PeftModel.from_pretrained(tiny_llama(), tmp_path)
+        assert model.peft_config["default"].base_model_name_or_path == describe(tmp_path).base_model == name
+        assert model.peft_config["default"].positions == "f1"
+    config["base_model_name_or_path"] = "/new/base"
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    PeftModel.from_pretrained(tiny_llama(), tmp_path).save_pretrained(tmp_path / "again", save_embedding_layers=False)
+    assert json.loads((tmp_path / "again" / CONFIG).read_text())["base_model_name_or_path"] == "/new/base"
 
 
 @pytest.mark.parametrize("name", ["default", "other"])

@@ -5,6 +5,8 @@ off before that leaves the old weights, whose metadata hold the old config, whic
 takes; one cut off after it is complete.
 """
 
+import contextlib
+import json
 import os
 import shutil
 import tempfile
@@ -21,6 +23,7 @@ PICKLED = "adapter_model.bin"
 CONFIG = "adapter_config.json"
 _KEY = "reftune_config"
 _STAGING = ".saving-"
+_BASE = ("base_model_name_or_path", "revision")
 
 
 @contextmanager
@@ -61,12 +64,21 @@ def commit_config(directory: Path) -> None:
 
 
 def config_beside_weights(directory: str | os.PathLike[str]) -> str | None:
-    """The config (JSON) that local weights were saved with, or None. ValueError for a damaged file."""
+    """The config (JSON) that local weights were saved with, or None. ValueError for a damaged file.
+
+    Where the base lies is not bound to the weights: a config file that differs in nothing else was edited by hand,
+    because the base has moved, and its name holds.
+    """
     weights = Path(directory) / WEIGHTS
     if not weights.is_file():
         return None
     try:
         with safe_open(weights, framework="pt") as file:
-            return (file.metadata() or {}).get(_KEY)
+            committed: str | None = (file.metadata() or {}).get(_KEY)
     except SafetensorError as error:
         raise ValueError(f"{weights} cannot be read: {error}. The file is damaged; save it again.") from error
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        there = json.loads((Path(directory) / CONFIG).read_text(encoding="utf-8"))
+        moved = {**json.loads(committed or ""), **{key: there[key] for key in _BASE if key in there}}
+        return json.dumps(moved) if moved == there else committed
+    return committed
