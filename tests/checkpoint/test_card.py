@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from tests.tiny_chat import save_tiny
-from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
+from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, ViTConfig, ViTForImageClassification
 
 from reftune import Intervention, ReftConfig, get_reft_model, register_intervention
 from reftune.checkpoint.card import FORMULAS, formula, layers_in_words, model_card, positions_in_words
@@ -117,6 +117,31 @@ def test_the_snippet_loads_with_the_class_of_the_task(config: dict, base_class: 
     code = snippet(card_of(ReftConfig(base_model_name_or_path="org/base", **config), base_class=base_class))
     assert expected in code
     compile(code, "snippet", "exec")
+
+
+@pytest.mark.parametrize(
+    ("base_class", "reads", "expected"),
+    [
+        ("ViTForImageClassification", "pixel_values", "processor(images=image, return_tensors="),
+        ("Wav2Vec2ForSequenceClassification", "input_values", "processor(audio, sampling_rate=16_000"),
+        ("WhisperForConditionalGeneration", "input_features", "output = model.generate(**inputs, max_new_tokens=64)"),
+    ],
+)
+def test_images_and_audio_are_read_by_a_processor(base_class: str, reads: str, expected: str) -> None:
+    card = card_of(ReftConfig(base_model_name_or_path="org/base"), base_class=base_class, reads=reads)
+    code = snippet(card)
+    for words in (expected, f"import {base_class}, AutoProcessor", "processor = AutoProcessor.from_pretrained(base)"):
+        assert words in code
+    assert "okenizer" not in code
+    assert "pipeline_tag" not in front(card)
+    compile(code, "snippet", "exec")
+
+
+def test_a_saved_image_classifier_says_so(tmp_path: Path) -> None:
+    config = ViTConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16)
+    get_reft_model(ViTForImageClassification(config), ReftConfig(r=2, positions="f1")).save_pretrained(tmp_path)
+    assert "model = ViTForImageClassification.from_pretrained(base)" in (tmp_path / "README.md").read_text()
+    assert "AutoProcessor" in (tmp_path / "README.md").read_text()
 
 
 def test_the_snippet_runs_and_gives_the_adapted_models_answer(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

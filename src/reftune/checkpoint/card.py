@@ -42,6 +42,14 @@ _CLASSES = {
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",
 }
+# main_input_name → what the processor is called with
+_INPUTS = {
+    "pixel_values": 'images=image, return_tensors="pt")  # a PIL image',
+    **dict.fromkeys(
+        ("input_values", "input_features"),
+        'audio, sampling_rate=16_000, return_tensors="pt")  # samples, at the rate of the base',
+    ),
+}
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -52,6 +60,7 @@ def model_card(
     nbytes: int,
     versions: Mapping[str, str] | None = None,
     base_class: str = "",
+    reads: str = "input_ids",
 ) -> str:
     """The card, Markdown with YAML front matter.
 
@@ -62,10 +71,11 @@ def model_card(
         nbytes: size of the saved weights.
         versions: package → version, to state; None states the installed reftune, peft, transformers and torch.
         base_class: name of the base model's class; the snippet loads with it where the config names no task.
+        reads: the base model's `main_input_name`; the snippet makes such inputs.
     """
     base = config.base_model_name_or_path or ""
     base_class = base_class or str((config.auto_mapping or {}).get("base_model_class") or "")
-    task = _task(config, base_class)
+    task = None if reads in _INPUTS else _task(config, base_class)  # tasks are of texts
     return "\n".join(
         [
             *_front_matter(base, task),
@@ -82,7 +92,7 @@ def model_card(
             "Import `reftune` first: it adds the method to PEFT. Without it PEFT raises `KeyError: 'REFT'`.",
             "",
             "```python",
-            *_snippet(base, task, base_class),
+            *_snippet(base, task, base_class, reads),
             "```",
             "",
             "Give the model prompts in the format it was trained on: the edited positions are counted in the whole "
@@ -210,7 +220,7 @@ def _targets(lora: Mapping[str, object]) -> list[object]:
     return sorted(targets) if isinstance(targets, (list, set, tuple)) else [targets]
 
 
-def _snippet(base: str, task: str | None, base_class: str) -> list[str]:
+def _snippet(base: str, task: str | None, base_class: str, reads: str) -> list[str]:
     from ..models import BUNDLED
 
     adapter = 'adapter = "."  # this directory, or the id of this adapter on the hub'
@@ -221,10 +231,17 @@ def _snippet(base: str, task: str | None, base_class: str) -> list[str]:
     else:
         auto = _TASKS[task][0] if task else base_class
         labels = "  # with num_labels=... as in training" if "Classification" in auto else ""
-        lines = [first, "from peft import PeftModel", f"from transformers import {auto}, AutoTokenizer", "", adapter]
-        lines += [f"base = {json.dumps(base or 'THE-BASE-MODEL')}", "tokenizer = AutoTokenizer.from_pretrained(base)"]
+        reader, maker = ("processor", "AutoProcessor") if reads in _INPUTS else ("tokenizer", "AutoTokenizer")
+        lines = [first, "from peft import PeftModel", f"from transformers import {auto}, {maker}", "", adapter]
+        lines += [f"base = {json.dumps(base or 'THE-BASE-MODEL')}", f"{reader} = {maker}.from_pretrained(base)"]
         lines += [f"model = {auto}.from_pretrained(base){labels}"]
         lines += ["model = PeftModel.from_pretrained(model, adapter)"]
+    if reads in _INPUTS:
+        lines += ["", f"inputs = processor({_INPUTS[reads]}"]
+        if not base_class.endswith("ForConditionalGeneration"):
+            return [*lines, "print(model(**inputs))"]
+        lines += ["output = model.generate(**inputs, max_new_tokens=64)"]
+        return [*lines, "print(processor.batch_decode(output, skip_special_tokens=True)[0])"]
     lines += ["", 'inputs = tokenizer("A prompt", return_tensors="pt")']
     if task == "CAUSAL_LM":
         lines += ["output = model.generate(**inputs, max_new_tokens=64)"]

@@ -113,5 +113,6 @@ def _write_card(model: PeftModel, adapter_name: str, directory: Path, target: Pa
         parameters=parameters,
         nbytes=weights.stat().st_size if weights.exists() else parameters * 4,
         base_class=type(base).__name__,
+        reads=str(getattr(base, "main_input_name", "input_ids")),
     )
     (directory / "README.md").write_text(f"{card.rstrip()}\n\n{MARK}\n", encoding="utf-8")
