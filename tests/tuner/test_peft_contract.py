@@ -97,6 +97,20 @@ def test_deleting_an_adapter_beside_two_active_ones_changes_nothing_else(whole):
     assert not torch.equal(logits(model), before)
 
 
+def test_adapters_are_saved_and_loaded_beside_one_with_trained_tokens(tmp_path):
+    model = adapted()
+    before = logits(model)
+    model.add_adapter("tokens", ReftConfig(trainable_token_indices=[5, 7], init_weights=False))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "tokens", adapter_name="tokens").eval()
+    loaded.load_adapter(tmp_path, "plain")
+    loaded.set_adapter("plain")
+    assert torch.equal(logits(loaded), before)
+    model.set_adapter("tokens")
+    loaded.set_adapter("tokens")
+    torch.testing.assert_close(logits(loaded), logits(model), atol=1e-6, rtol=1e-5)
+
+
 @torch.no_grad()
 def test_adapters_that_cannot_be_active_together_leave_those_that_are():
     model = get_reft_model(tiny_llama(), ReftConfig(modules_to_save=["lm_head"]), "a")

@@ -8,4 +8,5 @@ from .model import ReftModel as ReftModel
 
 registration.register(ReftConfig, ReftModel)
 registration.accept_several()
+registration.spare_tokens()
 reloading.check_reloads()

@@ -9,6 +9,7 @@ from typing import Any
 
 from peft import PeftModel
 from peft.utils import PeftType, register_peft_method
+from peft.utils.other import TrainableTokensWrapper
 
 NAME = "reft"
 PREFIX = "reft_"  # transformers' delete_adapter derives it so: lower-case method name + "_"
@@ -78,3 +79,21 @@ def accept_several() -> None:
 
     set_adapter._reftune = True  # type: ignore[attr-defined]
     PeftModel.set_adapter = set_adapter  # type: ignore[method-assign]
+
+
+def spare_tokens() -> None:
+    """Let adapters without `trainable_token_indices` be saved and loaded beside one that has them: PEFT asks the
+    embeddings' wrapper for every adapter's, and fails with a KeyError."""
+    for name in ("adapter_state_dict", "adapter_state_dict_load_map"):
+        original = getattr(TrainableTokensWrapper, name)
+        if not getattr(original, "_reftune", False):
+            setattr(TrainableTokensWrapper, name, _of_those_that_have_any(original))
+
+
+def _of_those_that_have_any(original: Any) -> Any:
+    @functools.wraps(original)
+    def method(self: TrainableTokensWrapper, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        return original(self, adapter_name, *args, **kwargs) if adapter_name in self._get_available_adapters() else {}
+
+    method._reftune = True  # type: ignore[attr-defined]
+    return method
