@@ -304,6 +304,14 @@ def test_what_cannot_be_merged_says_why(settings, message):
     assert torch.equal(logits(model), wanted)
 
 
+def test_edits_that_are_off_are_not_merged():
+    model = several("llama", a={"positions": "all", "component": "mlp_output", "bias": "none"})
+    wanted = logits(model)
+    with model.disable_adapter(), pytest.raises(ValueError, match="its edits are switched off"):
+        model.merge_and_unload()
+    assert_close(logits(model.merge_and_unload()), wanted)
+
+
 def test_a_constant_without_a_place_says_what_would_do():
     model = several("mistral", a={"positions": "all", "component": "mlp_output"})
     with pytest.raises(ValueError, match=r"'model.layers.1.mlp.down_proj' has no bias.*bias=\"none\""):

@@ -86,6 +86,8 @@ def merge(tuner: "ReftModel", adapter_names: list[str] | None = None, safe_merge
     """
     model = tuner.model
     _check_base(model)
+    if not tuner.session.enabled:
+        raise ValueError(f"{CANNOT}its edits are switched off, so the model computes without them.{KEEP}")
     strengths, how = _strengths(tuner, adapter_names)
     _check_lora(tuner, strengths)
     named = None if adapter_names is None else list(strengths)  # else the active ones' modules are in use
