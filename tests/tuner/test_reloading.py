@@ -54,6 +54,30 @@ def test_weights_that_are_not_the_adapters_are_refused(tmp_path):
             assert torch.equal(logits(base), tiny_llama()(IDS).logits)
 
 
+def test_a_base_whose_load_was_refused_is_as_it_was(tmp_path):
+    adapted(modules_to_save=["lm_head"]).save_pretrained(tmp_path / "good")
+    adapted(modules_to_save=["lm_head"]).save_pretrained(tmp_path / "bad")
+    file = tmp_path / "bad" / "adapter_model.safetensors"
+    with safe_open(file, framework="pt") as old:
+        metadata = old.metadata()
+    save_file({key: tensor for key, tensor in load_file(file).items() if "layers.1" not in key}, file, metadata)
+    base = tiny_llama()
+    before = {module: (type(module), dict(module._modules)) for module in base.modules()}
+    names = set(vars(base))
+    for load, message in (
+        (lambda: PeftModel.from_pretrained(base, tmp_path / "bad"), "6 missing"),
+        (lambda: get_peft_model(base, ReftConfig(layers=[99])), "99"),
+        (lambda: get_peft_model(base, ReftConfig(modules_to_save=["no_such_module"])), "no_such_module"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load()
+        assert {module: (type(module), dict(module._modules)) for module in base.modules()} == before
+        assert set(vars(base)) == names
+    assert torch.equal(logits(base), tiny_llama()(IDS).logits)
+    loaded = PeftModel.from_pretrained(base, tmp_path / "good")  # without a warning
+    assert torch.equal(logits(loaded), logits(PeftModel.from_pretrained(tiny_llama(), tmp_path / "good")))
+
+
 def test_weights_refused_for_an_adapter_that_is_there_leave_it_as_it_was(tmp_path):
     adapted(r=2).save_pretrained(tmp_path / "smaller")
     adapted(intervention="direft").save_pretrained(tmp_path / "direft")

@@ -81,6 +81,12 @@ def detach(module: nn.Module) -> None:
         module.__class__ = type(module).__mro__[1]
 
 
+def detach_all(model: nn.Module) -> None:
+    """Undo it on a model that has no adapter any more."""
+    for module in model.modules():
+        detach(module)
+
+
 def _handles(module: nn.Module) -> dict[str, Any]:
     handles: dict[str, Any] = module.__dict__.setdefault("_reft_handles", {})
     return handles

@@ -21,7 +21,7 @@ from .building import build, taken_at
 from .config import ReftConfig
 from .counting import TrainableParameters, trainable_parameters
 from .generate import bind, unbind
-from .hooks import CHILD, attach, detach, watch_checkpointing, watch_model, watch_training, watch_whole
+from .hooks import CHILD, attach, detach, detach_all, watch_checkpointing, watch_model, watch_training, watch_whole
 from .layer import ReftLayer, shared
 from .merging import merge as merge_adapters
 from .parts import expect_others, make_room, others_at_sites, train_only, use_subspaces
@@ -68,6 +68,9 @@ class ReftModel(BaseTuner):
         except Exception:
             del self.peft_config[adapter_name]
             self._forget(model, adapter_name)
+            if not self.peft_config:
+                detach_all(model)
+                unbind(model)
             raise
         session = self.session
         if config.from_file:
@@ -306,10 +309,10 @@ class ReftModel(BaseTuner):
         for name in list(self.peft_config):
             self._forget(self.model, name)
         for module in self.model.modules():
-            detach(module)
             for child, wrapper in list(module.named_children()):
                 if isinstance(wrapper, AuxiliaryTrainingWrapper):
                     setattr(module, child, wrapper.original_module)
+        detach_all(self.model)
         unbind(self.model)
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
@@ -382,8 +385,11 @@ class ReftModel(BaseTuner):
         except ValueError:
             undo()
             if adapter_name in unloaded:  # made for these weights; any other one stays as it was
-                tuner._forget(tuner.model, adapter_name)
-                tuner.peft_config.pop(adapter_name, None)
+                if len(tuner.peft_config) > 1:
+                    tuner.delete_adapter(adapter_name)
+                else:
+                    tuner.unload()
+                    tuner.peft_config.clear()
             raise
         unloaded.discard(adapter_name)
         return compatibility.as_made(model, adapter_name, remapped)
