@@ -80,3 +80,10 @@ def test_the_model_is_of_its_class_to_all_who_ask(tmp_path) -> None:
     assert not any(isinstance(module, ReftLayer) for module in merged.modules())
     merged.save_pretrained(tmp_path)
     assert torch.equal(LlamaForCausalLM.from_pretrained(tmp_path)(IDS).logits, plain(IDS).logits)
+
+
+def test_a_class_that_somebody_put_before_ours_stays() -> None:
+    base = tiny_llama()
+    model = get_reft_model(base, ReftConfig())
+    base.__class__ = type("FSDPLlamaForCausalLM", (torch.nn.Identity, type(base)), {})
+    assert type(model.unload()).__name__ == "FSDPLlamaForCausalLM"

@@ -77,7 +77,7 @@ def detach(module: nn.Module) -> None:
     for handle in module.__dict__.pop("_reft_handles", {}).values():
         handle.remove()
     module.__dict__.pop(ATTRIBUTE, None)
-    if getattr(type(module), "_reft_swapped", False):
+    if "_reft_swapped" in type(module).__dict__:  # and nobody, as FSDP does, has put a class of their own before it
         module.__class__ = type(module).__mro__[1]
 
 
