@@ -10,7 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from reuse_cases import collate, computed, examples, reft, reuse, with_reuse
+from reuse_cases import GAPS, collate, computed, examples, reft, reuse, with_reuse
 from tiny_training import arguments
 from torch import Tensor
 
@@ -21,7 +21,10 @@ from reftune.interventions import orthonormality_error
 from reftune.train import ReftTrainer
 from reftune.train.reuse import store_near
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*reference PyTorch implementation.*", "ignore:.*YaRN.*")
+pytestmark = [
+    GAPS,
+    pytest.mark.filterwarnings("ignore:.*reference PyTorch implementation.*", "ignore:.*YaRN.*"),
+]
 HERE = (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None) or torch.device("cpu")
 FAMILIES = [name for name in ("llama", "qwen3", "gemma3_text", "gpt2", "mistral", "gpt_oss", "phi3") if name in CAUSAL]
 POSITIONS = ["f2+l2", "l1+gen", "all", "l2", "mid1+gen:2"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reuse_cases import FEWER, collate, computed, doubles, examples, reft, reuse, with_reuse
+from reuse_cases import FEWER, GAPS, collate, computed, doubles, examples, reft, reuse, with_reuse
 
 from conftest import tiny_llama
 from families import FP32, tiny
@@ -15,6 +15,7 @@ from reftune.train.reuse import DiskStore, MemoryStore, make_plan, prefix
 from reftune.train.reuse.check import check
 from reftune.tuner.caches import cache_name
 
+pytestmark = GAPS
 FAMILIES = ["llama", "qwen3", "gemma3_text", "gpt2", "mistral", "qwen3_next", "bloom", "gpt_oss", "mamba"]
 WHOLE_STATE = {"qwen3_next", "mamba"}
 

@@ -5,11 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from reuse_cases import collate, examples
+from reuse_cases import GAPS, collate, examples
 from test_reuse_trainer import arguments, history, model_for, run, same
 from transformers import Trainer
 
 from reftune.train.trainer import ReftTrainer, ReusesFrozenBase
+
+pytestmark = GAPS
 
 
 def crossed(outputs: Any, labels: Any) -> tuple[torch.Tensor, torch.Tensor]:

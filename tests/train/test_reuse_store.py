@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from reuse_cases import collate, computed, doubles, examples, reft, reuse, with_reuse
+from reuse_cases import GAPS, collate, computed, doubles, examples, reft, reuse, with_reuse
 
 from conftest import tiny_llama
 from families import tiny
 from reftune.train.reuse import DeviceStore, DiskStore, MemoryStore, store, store_near
 from reftune.train.reuse.fingerprint import fingerprint, weights_digest
 
+pytestmark = GAPS
 MARK = {"base weights": "a", "versions": "1"}
 ENTRY = {"k1 v1": torch.arange(24.0).view(2, 3, 4), "state": torch.ones(2, 2, dtype=torch.bfloat16)}
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from reuse_cases import Tokenizer, collate, examples
+from reuse_cases import GAPS, Tokenizer, collate, examples
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -21,6 +21,7 @@ from reftune import ReftConfig, get_reft_model
 from reftune.train.reuse import MemoryStore
 from reftune.train.trainer import ReftTrainer
 
+pytestmark = GAPS
 NAMES = {field.name for field in dataclasses.fields(TrainingArguments)}
 BUCKETS: dict[str, Any] = (  # renamed during 5.x
     {"train_sampling_strategy": "group_by_length"} if "train_sampling_strategy" in NAMES else {"group_by_length": True}
