@@ -35,7 +35,7 @@ test-oldest: install-dev
 	test -d $(OLDEST)/transformers || $(PIP) --target $(OLDEST) --constraint constraints.txt 'transformers==5.0.0'
 	PYTHONPATH=$(OLDEST) $(BIN)/python $(PYTEST) tests/integration tests/tuner tests/properties tests/checkpoint \
 		tests/train/test_reuse.py tests/train/test_reuse_store.py tests/train/test_reuse_attention.py \
-		tests/bench/test_training.py \
+		tests/bench/test_training.py tests/test_operations.py \
 		-m 'not real' -k 'not (jamba or recurrent_gemma or eurobert or chunked or prompt_lookup)'
 
 # What benchmarks/against_pyreft.py compares with: pyreft and the old packages it needs, beside our own.

@@ -7,6 +7,8 @@ edit Rᵀ((W − R)h + b) of one token takes 4rd operations: two matrix products
 """
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,9 +96,24 @@ def _count(base: Any, tokens: int) -> int:
         mask = torch.zeros(
             1, 1, tokens, tokens
         )  # taken as it is: transformers looks into others, and meta has no values
-    with FlopCounterMode(display=False) as counter:
+    with _no_autocast_on_meta(), FlopCounterMode(display=False) as counter:
         empty(input_ids=ids, attention_mask=mask, use_cache=False)
     return int(counter.get_total_flops())
+
+
+@contextmanager
+def _no_autocast_on_meta() -> Iterator[None]:
+    """transformers 5.0 asks whether autocast is on for the meta device, which torch does not answer: it is not."""
+    original = torch.is_autocast_enabled
+
+    def enabled(*args: Any) -> bool:
+        return args != ("meta",) and original(*args)
+
+    torch.is_autocast_enabled = enabled  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.is_autocast_enabled = original
 
 
 def _operations(module: Intervention) -> int:
