@@ -7,10 +7,10 @@ edit Rᵀ((W − R)h + b) of one token takes 4rd operations: two matrix products
 """
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -93,27 +93,17 @@ def _count(base: Any, tokens: int) -> int:
     with torch.device("meta"):
         empty = type(base)(base.config).eval()
         ids = torch.zeros(1, tokens, dtype=torch.long)
-        mask = torch.zeros(
-            1, 1, tokens, tokens
-        )  # taken as it is: transformers looks into others, and meta has no values
+        # taken as it is: transformers looks into others, and meta has no values
+        mask = torch.zeros(1, 1, tokens, tokens)
     with _no_autocast_on_meta(), FlopCounterMode(display=False) as counter:
         empty(input_ids=ids, attention_mask=mask, use_cache=False)
     return int(counter.get_total_flops())
 
 
-@contextmanager
-def _no_autocast_on_meta() -> Iterator[None]:
+def _no_autocast_on_meta() -> AbstractContextManager[Any]:
     """transformers 5.0 asks whether autocast is on for the meta device, which torch does not answer: it is not."""
     original = torch.is_autocast_enabled
-
-    def enabled(*args: Any) -> bool:
-        return args != ("meta",) and original(*args)
-
-    torch.is_autocast_enabled = enabled  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        torch.is_autocast_enabled = original
+    return patch.object(torch, "is_autocast_enabled", lambda *args: args != ("meta",) and original(*args))
 
 
 def _operations(module: Intervention) -> int:

@@ -180,9 +180,8 @@ def _generates(name: str, words: Words, setup: Setup) -> bool:
 def _shortened(setup: Setup, name: str, prompts: list[list[int]], answer: int) -> list[list[int]]:
     prompts, cut = shortened(prompts, setup.room, answer)
     seen = setup.lengths.setdefault(name, {})
-    seen["prompts_cut"] = max(
-        cut, seen.get("prompts_cut", 0)
-    )  # likelihoods and generation leave room for other answers
+    # likelihoods and generation leave room for other answers
+    seen["prompts_cut"] = max(cut, seen.get("prompts_cut", 0))
     return prompts
 
 

@@ -5,7 +5,6 @@ off before that leaves the old weights, whose metadata hold the old config, whic
 takes; one cut off after it is complete.
 """
 
-import contextlib
 import json
 import os
 import shutil
@@ -77,7 +76,7 @@ def config_beside_weights(directory: str | os.PathLike[str]) -> str | None:
             committed: str | None = (file.metadata() or {}).get(_KEY)
     except SafetensorError as error:
         raise ValueError(f"{weights} cannot be read: {error}. The file is damaged; save it again.") from error
-    with contextlib.suppress(OSError, ValueError, TypeError):
+    with suppress(OSError, ValueError, TypeError):
         there = json.loads((Path(directory) / CONFIG).read_text(encoding="utf-8"))
         moved = {**json.loads(committed or ""), **{key: there[key] for key in _BASE if key in there}}
         return json.dumps(moved) if moved == there else committed

@@ -5,6 +5,7 @@ adapter therefore loads only after `import reftune`.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from peft import PeftModel
@@ -58,13 +59,21 @@ def register(config_cls: type, model_cls: type) -> None:
     register_peft_method(name=NAME, config_cls=config_cls, model_cls=model_cls, prefix=PREFIX)
 
 
+def replace_method(cls: type, name: str, make: Callable[[Any], Any]) -> None:
+    """Put what `make` makes of one of PEFT's methods in its place; calling it again does nothing."""
+    original = getattr(cls, name)
+    if not getattr(original, "_reftune", False):
+        method: Any = functools.wraps(original)(make(original))
+        method._reftune = True
+        setattr(cls, name, method)
+
+
 def accept_several() -> None:
     """Let `PeftModel.set_adapter` take a list, as a tuner's own does; PEFT's takes one name."""
-    original = PeftModel.set_adapter
-    if getattr(original, "_reftune", False):
-        return
+    replace_method(PeftModel, "set_adapter", _of_several)
 
-    @functools.wraps(original)
+
+def _of_several(original: Any) -> Any:
     def set_adapter(self: PeftModel, adapter_name: str | list[str], *args: Any, **kwargs: Any) -> None:
         if isinstance(adapter_name, str) or self.peft_type != PEFT_TYPE:
             return original(self, adapter_name, *args, **kwargs)
@@ -77,23 +86,18 @@ def accept_several() -> None:
         self.active_adapter = adapter_name[0]
         return None
 
-    set_adapter._reftune = True  # type: ignore[attr-defined]
-    PeftModel.set_adapter = set_adapter  # type: ignore[method-assign]
+    return set_adapter
 
 
 def spare_tokens() -> None:
     """Let adapters without `trainable_token_indices` be saved and loaded beside one that has them: PEFT asks the
     embeddings' wrapper for every adapter's, and fails with a KeyError."""
     for name in ("adapter_state_dict", "adapter_state_dict_load_map"):
-        original = getattr(TrainableTokensWrapper, name)
-        if not getattr(original, "_reftune", False):
-            setattr(TrainableTokensWrapper, name, _of_those_that_have_any(original))
+        replace_method(TrainableTokensWrapper, name, _of_those_that_have_any)
 
 
 def _of_those_that_have_any(original: Any) -> Any:
-    @functools.wraps(original)
     def method(self: TrainableTokensWrapper, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         return original(self, adapter_name, *args, **kwargs) if adapter_name in self._get_available_adapters() else {}
 
-    method._reftune = True  # type: ignore[attr-defined]
     return method

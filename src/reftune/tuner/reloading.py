@@ -1,25 +1,23 @@
 """`PeftModel.load_adapter` under a name that is there: PEFT then reads the weights alone, and no config."""
 
 import contextlib
-import functools
 import os
 from typing import Any
 
 from peft import PeftModel
 
 from .config import ReftConfig
-from .registration import PEFT_TYPE
+from .registration import PEFT_TYPE, replace_method
 
 _FORMULA = ("intervention", "act_fn", "between", "intervention_kwargs")  # the names of tensors tell the rest
 
 
 def check_reloads() -> None:
     """Let it refuse weights whose config has another formula: DiReFT's R, W and b would be taken for LoReFT's."""
-    original = PeftModel.load_adapter
-    if getattr(original, "_reftune", False):
-        return
+    replace_method(PeftModel, "load_adapter", _checked)
 
-    @functools.wraps(original)
+
+def _checked(original: Any) -> Any:
     def load_adapter(
         self: PeftModel, model_id: str | os.PathLike[str], adapter_name: str, *args: Any, **kwargs: Any
     ) -> Any:
@@ -27,8 +25,7 @@ def check_reloads() -> None:
             _check(self, model_id, adapter_name, self._split_kwargs(kwargs)[0])
         return original(self, model_id, adapter_name, *args, **kwargs)
 
-    load_adapter._reftune = True  # type: ignore[attr-defined]
-    PeftModel.load_adapter = load_adapter  # type: ignore[method-assign]
+    return load_adapter
 
 
 def _check(model: PeftModel, model_id: str | os.PathLike[str], adapter_name: str, where: dict[str, Any]) -> None:

@@ -127,12 +127,7 @@ _HUB = {
             r, r["question"], [r["answerA"], r["answerB"], r["answerC"]], int(r["label"]) - 1, r["context"]
         ),
     ),
-    "hellaswag": Hub(
-        "Rowan/hellaswag",
-        None,
-        _DEV,
-        _hellaswag,
-    ),
+    "hellaswag": Hub("Rowan/hellaswag", None, _DEV, _hellaswag),
     "winogrande": Hub(
         "allenai/winogrande",
         "winogrande_xl",
